@@ -1,0 +1,109 @@
+"""The `convert` verb: DCP checkpoints to Hugging Face folders and back, exact to the bit at equal data type.
+
+    mobilellm-pro convert outputs/debug/1_language outputs/debug/hugging_face
+    mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face/checkpoint/step-0
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
+from mobilellm_pro.data.tokenizer import Tokenizer, find_llama4_file
+from mobilellm_pro.model.checkpoint import LoadedModel, load_model
+from mobilellm_pro.model.hugging_face import hugging_face_name, student_config, teacher_config
+from mobilellm_pro.model.student import Student
+
+SHARD_BYTES = 5_000_000_000
+"""Largest safetensors file, as Hugging Face's hub recommends; only a single larger tensor exceeds it."""
+
+
+def convert(
+    source: str, destination: str, *, dtype: Literal["float32", "bfloat16"] = "float32", overwrite: bool = False
+) -> None:
+    """Convert a checkpoint: DCP to a Hugging Face folder, or a Hugging Face folder to DCP.
+
+    A Hugging Face folder gets config.json, safetensors, the tokenizer in both formats, and loads with
+    `AutoModelForCausalLM.from_pretrained`. A DCP folder serves as `checkpoint.initial_load_path`.
+
+    Args:
+        source: a run folder (its newest checkpoint), one `step-N` folder, or a Hugging Face folder.
+        destination: the folder to write.
+        dtype: of the written weights.
+        overwrite: replace a destination that is there already.
+
+    Raises:
+        ValueError: the source's tensors do not fit its architecture.
+        FileExistsError: the destination exists.
+    """
+    target = Path(destination)
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists already; remove it, choose another folder or say --overwrite")
+    loaded = load_model(source, dtype)
+    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        if (Path(source) / "config.json").is_file():
+            dcp.save(loaded.model.state_dict(), checkpoint_id=str(temporary), no_dist=True)
+        else:
+            _write_hugging_face(loaded, temporary, dtype)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{source} -> {target} ({dtype})")
+
+
+def _write_hugging_face(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+    tokenizer = Tokenizer.load(loaded.tokenizer)
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    args = loaded.model.model_args
+    if isinstance(loaded.model, Student):
+        config = student_config(args, max_position_embeddings=loaded.max_tokens, dtype=dtype, **ids)
+    else:
+        config = teacher_config(args, dtype=dtype, **ids)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {f"{k.removesuffix('_id')}_token_id": v for k, v in ids.items()})
+    write_hugging_face_tokenizer(tokenizer, folder, max_tokens=loaded.max_tokens)
+    source = find_llama4_file() if loaded.tokenizer == "llama4" else Path(loaded.tokenizer)
+    shutil.copyfile(source, folder / "tokenizer.model")
+    tensors = {hugging_face_name(name): tensor for name, tensor in loaded.model.state_dict().items()}
+    write_safetensors(tensors, folder)
+
+
+def write_safetensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes model.safetensors, or numbered shards and their index when the tensors exceed `shard_bytes`."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor.contiguous()
+    yield shard
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,107 @@
+"""Finding, checking and reading checkpoints: DCP folders of a run, and Hugging Face folders.
+
+A DCP checkpoint has tensors but no architecture; the run's config.toml, two folders up, has it.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.protocols.model import ModelProtocol
+
+from mobilellm_pro.config import load
+from mobilellm_pro.model.hugging_face import load_tensors, read_config, student_args, teacher_args
+from mobilellm_pro.model.registry import model_on_meta
+from mobilellm_pro.model.student import Student
+from mobilellm_pro.model.teacher import Teacher
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory and where its tokenizer is."""
+
+    model: ModelProtocol
+    tokenizer: str
+    """Source for `Tokenizer.load`."""
+
+    max_tokens: int
+    """Longest row that it was trained on, or its config.json's max_position_embeddings."""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete DCP checkpoint `step-N`; its metadata is written last, so a torn one has none."""
+    complete = [path for path in folder.glob("step-*") if (path / ".metadata").is_file()]
+    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def checkpoint_problems(model: nn.Module, folder: Path) -> list[str]:
+    """What keeps a DCP checkpoint from filling the model: missing and wrongly shaped tensors."""
+    if not (folder / ".metadata").is_file():
+        return [f"{folder}: no complete DCP checkpoint (.metadata is missing); expected a folder step-N of a run"]
+    try:
+        stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle: anything can come out of a damaged one
+        return [f"{folder}/.metadata cannot be read ({error}); remove the folder to go on from the one before it"]
+    found = []
+    for name, parameter in model.named_parameters():
+        size = getattr(stored.get(name), "size", None)
+        if size is None:
+            found.append(f"{folder}: parameter {name} is missing")
+        elif tuple(size) != tuple(parameter.shape):
+            found.append(f"{folder}: parameter {name} has shape {list(size)}, expected {list(parameter.shape)}")
+    if found:
+        found.append(f"{folder}: this is a checkpoint of another model or flavor; use its own flavor or another folder")
+    return found
+
+
+def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Reads a model from a Hugging Face folder, a run folder (its newest checkpoint) or one checkpoint `step-N`.
+
+    Args:
+        source: the folder.
+        dtype: "float32" or "bfloat16", of the weights in memory.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: the folder is none of the three.
+        ValueError: tensors are missing, extra or of another shape; all are listed.
+    """
+    source = Path(source)
+    if (source / "config.json").is_file():
+        return _load_hugging_face(source, dtype, device)
+    step = source if (source / ".metadata").is_file() else latest_checkpoint(source / "checkpoint")
+    run = None if step is None else next((p for p in step.parents if (p / "config.toml").is_file()), None)
+    if step is None or run is None:
+        raise FileNotFoundError(
+            f"{source}: expected a Hugging Face folder (config.json), a run folder (config.toml and a complete "
+            "checkpoint/step-N) or a step-N folder inside one"
+        )
+    config = load(run / "config.toml")
+    model = model_on_meta(config)
+    problems = checkpoint_problems(model, step)
+    if problems:
+        raise ValueError("\n".join(problems))
+    _allocate(model, dtype, device)
+    dcp.load(model.state_dict(), storage_reader=FileSystemReader(str(step)), no_dist=True)
+    return LoadedModel(model.eval(), config.data.tokenizer, config.training.seq_len)
+
+
+def _load_hugging_face(folder: Path, dtype: str, device: str) -> LoadedModel:
+    config = read_config(folder)
+    with torch.device("meta"):
+        if config.get("model_type") == "smollm3":
+            model: ModelProtocol = Student(student_args(config, folder))
+        else:
+            model = Teacher(teacher_args(config, folder))
+    _allocate(model, dtype, device)
+    load_tensors(model, folder)
+    max_tokens = config.get("text_config", config)["max_position_embeddings"]
+    return LoadedModel(model.eval(), str(folder / "tokenizer.model"), max_tokens)
+
+
+def _allocate(model: nn.Module, dtype: str, device: str) -> None:
+    model.to(TORCH_DTYPE_MAP[dtype]).to_empty(device=device)
+    model.requires_grad_(False)

@@ -1,0 +1,68 @@
+"""Text continuation with a KV cache.
+
+Shapes: B rows of equal length, S prompt tokens, N new tokens, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobilellm_pro.model.kv_cache import KVCache
+from mobilellm_pro.model.student import Student
+
+
+@torch.no_grad()
+def continue_tokens(
+    model: Student,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_ids: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Appends tokens to a prompt.
+
+    Args:
+        model: the student.
+        prompt: [B, S] ids, S >= 1.
+        max_new_tokens: N at most.
+        temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
+        top_p: samples among the fewest tokens whose probabilities sum to at least top_p.
+        stop_ids: ends when every row has produced one of them; a row goes on repeating its own.
+        generator: source of randomness.
+
+    Returns:
+        [B, <= N] new ids.
+    """
+    if prompt.shape[1] == 0:
+        raise ValueError("the prompt has no tokens; expected at least one (bos alone will do)")
+    cache, tokens, produced = KVCache(), prompt, []
+    finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    stops = torch.tensor(stop_ids, device=prompt.device)
+    for _ in range(max_new_tokens):
+        logits = model(tokens, cache=cache, head=_last_logits)
+        chosen = _choose(logits.float(), temperature, top_p, generator)
+        if produced:
+            chosen = torch.where(finished, produced[-1], chosen)
+        produced.append(chosen)
+        finished |= torch.isin(chosen, stops)
+        if bool(finished.all()):
+            break
+        tokens = chosen.unsqueeze(1)
+    return torch.stack(produced, dim=1) if produced else prompt[:, :0]
+
+
+def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(hidden[:, -1], weight)
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """[B, V] -> [B]."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # The token that crosses top_p still belongs to the nucleus.
+    probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

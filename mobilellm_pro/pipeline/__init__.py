@@ -1,0 +1,1 @@
+"""What spans several runs (floor 3)."""

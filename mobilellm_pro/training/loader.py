@@ -1,0 +1,131 @@
+"""The mixture as torchtitan's dataloader.
+
+Global step k reads the sequences [k·G, (k + 1)·G) of the mixture, G the global batch size. Ranks, gradient accumulation
+and workers only divide that range among them, so the state is one integer, the same on every rank, and a run may go on
+with another number of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchtitan.components.dataloader import BaseDataLoader
+
+from mobilellm_pro.config.job_config import Data, JobConfig
+from mobilellm_pro.data.mixture import Mixture
+from mobilellm_pro.data.packing import CorpusStream
+from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data.tokenizer import Tokenizer
+
+Row = tuple[dict[str, Tensor], Tensor]
+"""({"input" [B, S], "document_ids" [B, S], "corpus" [B]}, labels [B, S])."""
+
+
+def open_mixture(data: Data, split: str, seq_len: int, fingerprint: str | None = None) -> Mixture:
+    """Opens all corpora of the configuration.
+
+    Args:
+        data: the [data] section.
+        split: "train" or "valid".
+        seq_len: tokens of a row.
+        fingerprint: of the tokenizer that the corpora must have been prepared with.
+
+    Raises:
+        ValueError: a damaged, empty or too small corpus, another tokenizer, unusable weights.
+    """
+    streams = []
+    for dataset in data.datasets:
+        corpus = Corpus.open(dataset.path, split)
+        if fingerprint is not None and corpus.tokenizer_fingerprint != fingerprint:
+            raise ValueError(
+                f"{dataset.path}: prepared with another tokenizer than data.tokenizer = {data.tokenizer!r}; "
+                "prepare the corpus again, or name the tokenizer that it was prepared with"
+            )
+        streams.append(CorpusStream(corpus, seq_len, data.seed))
+    return Mixture(streams, [d.weight for d in data.datasets], data.seed, renormalize=data.renormalize_weights)
+
+
+class _Rows(IterableDataset):
+    """This rank's micro-batches from micro-batch `first` on; worker w of n makes every n-th of them."""
+
+    def __init__(self, mixture: Mixture, batch_size: int, rank: int, num_ranks: int, first: int):
+        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first = mixture, batch_size, rank, num_ranks, first
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        micro_batch = self.first + offset
+        while True:
+            start = (micro_batch * self.num_ranks + self.rank) * self.batch_size
+            rows = {key: torch.from_numpy(array) for key, array in self.mixture.batch(start, self.batch_size).items()}
+            labels = rows.pop("labels")
+            yield rows, labels
+            micro_batch += stride
+
+
+class MixtureLoader(BaseDataLoader):
+    """Endless micro-batches of one data-parallel rank; resumes at any sequence on any number of ranks."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        rank: int,
+        num_ranks: int,
+        *,
+        names: Sequence[str] = (),
+        **worker_settings: Any,
+    ):
+        self.mixture = mixture
+        self._names = names
+        self.next_sequence = 0
+        self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
+        if not worker_settings.get("num_workers"):
+            worker_settings = {k: v for k, v in worker_settings.items() if k == "pin_memory"}
+        self._worker_settings = worker_settings
+
+    def __iter__(self) -> Iterator[Row]:
+        sequences = self._batch_size * self._num_ranks
+        if self.next_sequence % sequences:
+            raise ValueError(
+                f"cannot resume at sequence {self.next_sequence:,} with {self._num_ranks} data-parallel ranks of "
+                f"{self._batch_size} rows: choose training.local_batch_size so that ranks × rows divides it"
+            )
+        rows = _Rows(self.mixture, self._batch_size, self._rank, self._num_ranks, self.next_sequence // sequences)
+        for batch in StatefulDataLoader(rows, batch_size=None, **self._worker_settings):
+            self.next_sequence += sequences
+            yield batch
+
+    def tokens_per_corpus(self) -> dict[str, int]:
+        """Tokens of each corpus that all ranks have consumed since the beginning of the run, over restarts too."""
+        counts = self.mixture.counts(self.next_sequence)
+        seq_len = self.mixture.streams[0].seq_len
+        return {name: int(count) * seq_len for name, count in zip(self._names, counts, strict=True)}
+
+    def state_dict(self) -> dict[str, int]:
+        """Index of the first sequence that no step has consumed."""
+        return {"next_sequence": self.next_sequence}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes `state_dict()` of any layout."""
+        self.next_sequence = state_dict["next_sequence"]
+
+
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> MixtureLoader:
+    """torchtitan's hook."""
+    mixture = open_mixture(job_config.data, "train", job_config.training.seq_len, tokenizer.fingerprint)
+    settings = job_config.training.dataloader
+    return MixtureLoader(
+        mixture,
+        job_config.training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+        names=[dataset.name for dataset in job_config.data.datasets],
+        num_workers=settings.num_workers,
+        pin_memory=settings.pin_memory,
+        persistent_workers=settings.persistent_workers,
+        prefetch_factor=settings.prefetch_factor,
+    )

@@ -1,0 +1,110 @@
+"""torchtitan's metrics with those of a distillation: kl, ce, the teacher's cross entropy and entropy, tokens per corpus.
+
+Sums are added up on the device between two logs and reduced over the mesh once a log, so a step that is not logged
+costs no synchronisation.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.losses import DistillationLoss
+from mobilellm_pro.training.run_folder import append_metrics
+
+TERMS = ("kl", "ce", "teacher_ce", "teacher_entropy")
+
+
+class TermSums:
+    """Running sums of the loss's terms over tokens of this rank."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+
+    def add(self, terms: DistillationLoss, num_tokens: torch.Tensor) -> None:
+        """Adds one micro-batch; `num_tokens` are the tokens of this rank that count."""
+        values = [getattr(terms, name).detach().double() for name in TERMS] + [num_tokens.double()]
+        stacked = torch.stack([value.reshape(()) for value in values])
+        self._sums = stacked if self._sums is None else self._sums + stacked
+
+    def reduce(self, group: dist.ProcessGroup | None) -> dict[str, float]:
+        """Means over the tokens of all ranks of the group, in nats a token; forgets the sums."""
+        assert self._sums is not None, "nothing was added"
+        sums, self._sums = self._sums, None
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        *terms, num_tokens = sums.tolist()
+        return {name: value / num_tokens for name, value in zip(TERMS, terms, strict=True)}
+
+
+class DistillMetrics(MetricsProcessor):
+    """Adds this project's numbers to torchtitan's log, TensorBoard events and metrics.jsonl."""
+
+    tokens_per_corpus: Callable[[], dict[str, int]]
+    """The loader's count; the trainer sets it."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+        super().__init__(job_config, parallel_dims, tag)
+        self.terms = TermSums()
+        self.has_teacher = job_config.distill.objective != "ce"
+        self._folder = Path(job_config.job.dump_folder)
+        self._first_log = True
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Called by torchtitan's loop on every rank at a step that is logged."""
+        extra = dict(extra_metrics or {})
+        # Every rank of a context-parallel group counted the whole row.
+        extra["n_tokens_seen"] = extra["n_tokens_seen"] / self.parallel_dims.cp
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        terms = self.terms.reduce(None if mesh is None else mesh.get_group())
+        if not self.has_teacher:
+            terms = {"ce": terms["ce"]}
+        extra |= {f"distill/{name}": value for name, value in terms.items()}
+        extra |= {f"tokens/{name}": count for name, count in self.tokens_per_corpus().items()}
+        tokens_per_second = self._tokens_per_second()
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
+        summary = "  ".join(f"{name}: {value:.4f}" for name, value in terms.items())
+        logger.info(f"step: {step:2}  {summary}  tokens/s: {tokens_per_second:,.0f}")
+        if self._first_log and self.has_teacher:
+            self._report_teacher(terms["teacher_ce"])
+        self._first_log = False
+        if dist.get_rank() == 0:
+            record = {"loss": global_avg_loss, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
+            append_metrics(self._folder, {"kind": "train", "step": step, **record, **extra})
+
+    def log_held_out(self, step: int, metrics: dict[str, float]) -> None:
+        """Validation numbers of all ranks (already reduced)."""
+        self.logger.log({f"validation_metrics/{name}": value for name, value in metrics.items()}, step)
+        logger.info(f"validate step: {step:2}  " + "  ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+        if dist.get_rank() == 0:
+            append_metrics(self._folder, {"kind": "validation", "step": step, **metrics})
+
+    def _tokens_per_second(self) -> float:
+        """Of the whole job, since the last log."""
+        elapsed = time.perf_counter() - self.time_last_log
+        batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        return self.ntokens_since_last_log * batch_ranks / elapsed
+
+    def _report_teacher(self, cross_entropy: float) -> None:
+        """A wrong tokenizer or wrong weights show in the very first number."""
+        perplexity = torch.tensor(cross_entropy).exp().item()
+        logger.info(f"teacher perplexity on the first batch: {perplexity:,.2f}")
+
+
+def build_metrics(job_config: JobConfig, parallel_dims: ParallelDims, model_args: Any = None) -> DistillMetrics:
+    """torchtitan's hook."""
+    return DistillMetrics(job_config, parallel_dims)

@@ -1,0 +1,149 @@
+"""Everything that can be known to be wrong with a run before it starts, found without a process group or a GPU.
+
+`mobilellm-pro validate` and `mobilellm-pro train` both call `problems`: a job of a thousand ranks should die within
+seconds, with all of its problems, not one by one in the queue.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobilellm_pro.config.checks import check_world_size
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint
+from mobilellm_pro.model.hugging_face import read_config, teacher_args, tensor_problems
+from mobilellm_pro.model.registry import configured_args, model_on_meta
+from mobilellm_pro.model.student import StudentArgs
+from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.training.loader import open_mixture
+
+
+def problems(config: JobConfig, world_size: int) -> list[str]:
+    """All problems of a configuration on `world_size` ranks, each with what was expected and the cure."""
+    found = [str(problem) for problem in check_world_size(config, world_size)]
+    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _checkpoints, _batch):
+        found += _collect(check, config, world_size)
+    return found
+
+
+def _collect(check: Callable[[JobConfig, int], Iterator[str]], config: JobConfig, world_size: int) -> list[str]:
+    found = []
+    try:
+        for problem in check(config, world_size):
+            found.append(problem)
+    except (ValueError, OSError) as error:
+        found.append(str(error))
+    return found
+
+
+def _model(config: JobConfig, world_size: int) -> Iterator[str]:
+    configured_args(config)
+    yield from ()
+
+
+def _known_model(config: JobConfig) -> Any:
+    """The model's arguments, or None where `_model` has already complained."""
+    try:
+        return configured_args(config)
+    except ValueError:
+        return None
+
+
+def _tensor_parallel(config: JobConfig, world_size: int) -> Iterator[str]:
+    degree = config.parallelism.tensor_parallel_degree
+    args = _known_model(config)
+    if degree == 1 or args is None:
+        return
+    if not isinstance(args, StudentArgs):
+        yield (
+            f"parallelism.tensor_parallel_degree = {degree}: model {config.model.name} trains with FSDP2 and context "
+            "parallelism only; set it to 1"
+        )
+        return
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(args, key) % degree:
+            yield (
+                f"parallelism.tensor_parallel_degree = {degree} does not divide {key} = {getattr(args, key)} of "
+                f"{config.model.name}/{config.model.flavor}"
+            )
+
+
+def _tokenizer(config: JobConfig, world_size: int) -> Iterator[str]:
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    args = _known_model(config)
+    if args is not None and tokenizer.vocab_size != args.vocab_size:
+        yield (
+            f"data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size:,} ids, model {config.model.name}/"
+            f"{config.model.flavor} has {args.vocab_size:,}; choose the tokenizer or the flavor that fits"
+        )
+
+
+def _datasets(config: JobConfig, world_size: int) -> Iterator[str]:
+    try:
+        fingerprint = Tokenizer.load(config.data.tokenizer).fingerprint
+    except (ValueError, OSError):
+        return  # reported by _tokenizer
+    open_mixture(config.data, "train", config.training.seq_len, fingerprint)
+    if not config.validation.enable:
+        return
+    settings = config.validation
+    mixture = open_mixture(config.data, "valid", settings.seq_len, fingerprint)
+    rows = settings.steps * settings.local_batch_size * _batch_ranks(config, world_size)
+    for dataset, stream, share in zip(config.data.datasets, mixture.streams, mixture.weights, strict=True):
+        wanted, held_out = int(rows * share) * settings.seq_len, stream.corpus.num_tokens
+        if wanted > held_out:
+            yield (
+                f"validation asks for {wanted:,} held-out tokens of {dataset.name}, {dataset.path} has {held_out:,}: "
+                "lower validation.steps, or prepare the corpus with a larger holdout"
+            )
+
+
+def _teacher(config: JobConfig, world_size: int) -> Iterator[str]:
+    if config.distill.objective == "ce" or not config.teacher.path:
+        return
+    folder = config.teacher.path
+    args = teacher_args(read_config(folder), folder)
+    with torch.device("meta"):
+        yield from tensor_problems(Teacher(args), folder)
+    student = _known_model(config)
+    if student is not None and args.vocab_size != student.vocab_size:
+        yield (
+            f"{folder}: the teacher's vocabulary has {args.vocab_size:,} ids, the student's {student.vocab_size:,}; "
+            "distillation over the full vocabulary needs the same tokenizer"
+        )
+
+
+def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:
+    if not config.checkpoint.enable or _known_model(config) is None:
+        return
+    own = latest_checkpoint(Path(config.job.dump_folder) / config.checkpoint.folder)
+    if own is not None:
+        yield from checkpoint_problems(model_on_meta(config), own)
+        return
+    initial = config.checkpoint.initial_load_path
+    if not initial:
+        return
+    if not Path(initial).is_dir():
+        yield f"checkpoint.initial_load_path = {initial!r}: no such folder"
+    elif config.checkpoint.initial_load_in_hf:
+        yield from tensor_problems(model_on_meta(config), initial)
+    else:
+        yield from checkpoint_problems(model_on_meta(config), Path(initial))
+
+
+def _batch(config: JobConfig, world_size: int) -> Iterator[str]:
+    total = config.training.global_batch_size
+    step = config.training.local_batch_size * _batch_ranks(config, world_size)
+    if total > 0 and total % step:
+        yield (
+            f"training.global_batch_size = {total} is no multiple of training.local_batch_size × data-parallel ranks = "
+            f"{step}"
+        )
+
+
+def _batch_ranks(config: JobConfig, world_size: int) -> int:
+    parallelism = config.parallelism
+    return max(1, world_size // (parallelism.tensor_parallel_degree * parallelism.context_parallel_degree))

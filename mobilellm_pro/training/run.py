@@ -1,0 +1,87 @@
+"""The `train` verb: checks, run folder, torchtitan's loop, DONE.
+
+    torchrun --nproc_per_node=8 -m mobilellm_pro train train_configs/mobilellm_pro_1b/1_language.toml
+
+Without torchrun the same command trains in one process. Started again, it goes on from the newest complete checkpoint.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torchtitan.tools.logging import init_logger, logger
+
+from mobilellm_pro.config import resolved_toml
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.model.checkpoint import latest_checkpoint
+from mobilellm_pro.training.distill_trainer import DistillTrainer
+from mobilellm_pro.training.preflight import problems
+from mobilellm_pro.training.run_folder import describe_environment, read_metrics, write_atomically
+from mobilellm_pro.training.train_spec import register
+
+
+def train(config: JobConfig, config_path: str) -> None:
+    """Train the configured model: a student from its teacher (kl), from labels (ce), or a teacher (model llama4_text).
+
+    Writes checkpoints, TensorBoard events, metrics.jsonl, the resolved configuration and, last, DONE to
+    `job.dump_folder`. A run that is DONE is left alone.
+
+    Raises:
+        ValueError: listing everything that is wrong with the configuration, the data or the teacher.
+    """
+    _default_environment()
+    world_size = int(os.environ["NGPU"] if config.comm.mode == "fake_backend" else os.environ["WORLD_SIZE"])
+    found = problems(config, world_size)
+    if found:
+        raise ValueError("\n".join([f"{config_path}: {len(found)} problem(s)", *found]))
+    folder = Path(config.job.dump_folder)
+    init_logger()
+    if _finished(folder, config.training.steps):
+        logger.info(f"{folder} is DONE at step {config.training.steps}; remove {folder / 'DONE'} to run it again")
+        return
+    if os.environ["RANK"] == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "DONE").unlink(missing_ok=True)
+        write_atomically(folder / "config.toml", resolved_toml(config))
+        write_atomically(folder / "environment.json", json.dumps(describe_environment(world_size), indent=2))
+    register()
+    start = time.monotonic()
+    trainer = DistillTrainer(config)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    if dist.get_rank() == 0:
+        _write_done(folder, config, time.monotonic() - start)
+    dist.destroy_process_group()
+
+
+def _default_environment() -> None:
+    """What torchrun would set, for one process without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ.update(defaults)
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    done = folder / "DONE"
+    return done.is_file() and json.loads(done.read_text())["steps"] >= steps
+
+
+def _write_done(folder: Path, config: JobConfig, seconds: float) -> None:
+    validations = read_metrics(folder, "validation") if config.validation.enable else []
+    checkpoint = latest_checkpoint(folder / config.checkpoint.folder) if config.checkpoint.enable else None
+    record = {
+        "steps": config.training.steps,
+        "wall_seconds_of_last_start": round(seconds, 1),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "validation": validations[-1] if validations else None,
+    }
+    write_atomically(folder / "DONE", json.dumps(record, indent=2))

@@ -1,0 +1,91 @@
+"""What a run leaves beside its checkpoints, so that its folder explains itself.
+
+    config.toml      the resolved configuration of the latest start
+    environment.json package versions, commit, hardware, world size, command line
+    metrics.jsonl    one line a logged step or validation; after a resume, later lines of a step replace earlier ones
+    DONE             written last: steps, wall seconds, checkpoint and the last validation
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchtitan", "torchdata", "tiktoken", "safetensors", "numpy", "mobilellm-pro")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Versions, commit and hardware of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cpus": os.cpu_count(),
+        "world_size": world_size,
+        "commit": commit(),
+        "command": sys.argv,
+    }
+
+
+def processor_name() -> str:
+    """The CPU as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with "+" if it was changed since; None outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+    """Adds one line to metrics.jsonl."""
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: str | Path, kind: str) -> list[dict[str, Any]]:
+    """Records of one kind ("train" or "validation") in order of step; a step that was run twice counts once.
+
+    A line that a kill cut short is skipped: the resumed run has logged that step again.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; expected the folder of a run (its job.dump_folder)")
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["kind"] == kind:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,63 @@
+"""Our models, data, optimizer and metrics as torchtitan's train specs: the one place where both sides meet."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import Optimizer as OptimizerConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.model.hugging_face import PrefixAdapter
+from mobilellm_pro.model.registry import FAMILIES
+from mobilellm_pro.training.loader import build_loader
+from mobilellm_pro.training.metrics import build_metrics
+from mobilellm_pro.training.validation import build_validator
+
+def register() -> None:
+    """Makes both models known to torchtitan, with copies of the flavors: torchtitan writes into the one it trains."""
+    for name, family in FAMILIES.items():
+        spec = TrainSpec(
+            model_cls=family.model_cls,
+            model_args={flavor: replace(args) for flavor, args in family.flavors.items()},
+            parallelize_fn=family.parallelize,
+            pipelining_fn=None,
+            build_optimizers_fn=build_optimizers,
+            build_lr_schedulers_fn=build_lr_schedulers,
+            build_dataloader_fn=build_loader,
+            build_tokenizer_fn=lambda job_config: Tokenizer.load(job_config.data.tokenizer),
+            build_loss_fn=lambda job_config, **kwargs: None,  # the loss runs inside the student's forward
+            build_validator_fn=build_validator,
+            build_metrics_processor_fn=build_metrics,
+            state_dict_adapter=PrefixAdapter,
+        )
+        register_train_spec(name, spec)
+
+
+def build_optimizers(
+    model_parts: list[nn.Module], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims
+) -> OptimizersContainer:
+    """torchtitan's container over AdamW (or Adam) with weight decay on matrices only, not on norms."""
+    settings: dict[str, Any] = {
+        "lr": optimizer_config.lr,
+        "betas": (optimizer_config.beta1, optimizer_config.beta2),
+        "eps": optimizer_config.eps,
+        "weight_decay": optimizer_config.weight_decay,
+        "fused": optimizer_config.implementation == "fused",
+        "foreach": optimizer_config.implementation == "foreach",
+    }
+    optimizers = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
+    if optimizer_config.name not in optimizers:
+        raise ValueError(f"optimizer.name = {optimizer_config.name!r}; expected one of {', '.join(optimizers)}")
+    return OptimizersContainer(model_parts, partial(_with_groups, optimizers[optimizer_config.name]), settings)
+
+
+def _with_groups(optimizer_cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], **settings: Any) -> Any:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return optimizer_cls([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **settings)
