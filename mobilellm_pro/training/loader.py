@@ -8,14 +8,13 @@ with another number of ranks.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 
 from mobilellm_pro.config.job_config import Data, JobConfig
-from mobilellm_pro.data.mixture import Mixture
+from mobilellm_pro.data.mixture import Mixture, batch
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -36,16 +35,12 @@ def open_mixture(data: Data, split: str, seq_len: int, fingerprint: str | None =
     Raises:
         ValueError: a damaged, empty or too small corpus, another tokenizer, unusable weights.
     """
-    streams = []
-    for dataset in data.datasets:
-        corpus = Corpus.open(dataset.path, split)
-        if fingerprint is not None and corpus.tokenizer_fingerprint != fingerprint:
-            raise ValueError(
-                f"{dataset.path}: prepared with another tokenizer than data.tokenizer = {data.tokenizer!r}; "
-                "prepare the corpus again, or name the tokenizer that it was prepared with"
-            )
-        streams.append(CorpusStream(corpus, seq_len, data.seed))
-    return Mixture(streams, [d.weight for d in data.datasets], data.seed, renormalize=data.renormalize_weights)
+    streams = [
+        CorpusStream(Corpus.open(dataset.path, split, fingerprint=fingerprint), seq_len=seq_len, seed=data.seed)
+        for dataset in data.datasets
+    ]
+    weights = [dataset.weight for dataset in data.datasets]
+    return Mixture(streams, weights, seed=data.seed, renormalize=data.renormalize_weights)
 
 
 class _Rows(IterableDataset):
@@ -60,7 +55,7 @@ class _Rows(IterableDataset):
         micro_batch = self.first + offset
         while True:
             start = (micro_batch * self.num_ranks + self.rank) * self.batch_size
-            rows = {key: torch.from_numpy(array) for key, array in self.mixture.batch(start, self.batch_size).items()}
+            rows = batch(self.mixture, start, self.batch_size)
             labels = rows.pop("labels")
             yield rows, labels
             micro_batch += stride
@@ -95,15 +90,14 @@ class MixtureLoader(BaseDataLoader):
                 f"{self._batch_size} rows: choose training.local_batch_size so that ranks × rows divides it"
             )
         rows = _Rows(self.mixture, self._batch_size, self._rank, self._num_ranks, self.next_sequence // sequences)
-        for batch in StatefulDataLoader(rows, batch_size=None, **self._worker_settings):
+        for micro_batch in StatefulDataLoader(rows, batch_size=None, **self._worker_settings):
             self.next_sequence += sequences
-            yield batch
+            yield micro_batch
 
     def tokens_per_corpus(self) -> dict[str, int]:
         """Tokens of each corpus that all ranks have consumed since the beginning of the run, over restarts too."""
         counts = self.mixture.counts(self.next_sequence)
-        seq_len = self.mixture.streams[0].seq_len
-        return {name: int(count) * seq_len for name, count in zip(self._names, counts, strict=True)}
+        return {name: int(count) * self.mixture.seq_len for name, count in zip(self._names, counts, strict=True)}
 
     def state_dict(self) -> dict[str, int]:
         """Index of the first sequence that no step has consumed."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchtitan.tools.utils import device_type
 
-from mobilellm_pro.config.checks import check_world_size
+from mobilellm_pro.config import check_machine, check_world_size
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint
@@ -23,8 +24,8 @@ from mobilellm_pro.training.loader import open_mixture
 
 def problems(config: JobConfig, world_size: int) -> list[str]:
     """All problems of a configuration on `world_size` ranks, each with what was expected and the cure."""
-    found = [str(problem) for problem in check_world_size(config, world_size)]
-    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _checkpoints, _batch):
+    found = [str(problem) for problem in (*check_world_size(config, world_size), *check_machine(config, device_type))]
+    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _checkpoints):
         found += _collect(check, config, world_size)
     return found
 
@@ -132,16 +133,6 @@ def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:
         yield from tensor_problems(model_on_meta(config), initial)
     else:
         yield from checkpoint_problems(model_on_meta(config), Path(initial))
-
-
-def _batch(config: JobConfig, world_size: int) -> Iterator[str]:
-    total = config.training.global_batch_size
-    step = config.training.local_batch_size * _batch_ranks(config, world_size)
-    if total > 0 and total % step:
-        yield (
-            f"training.global_batch_size = {total} is no multiple of training.local_batch_size × data-parallel ranks = "
-            f"{step}"
-        )
 
 
 def _batch_ranks(config: JobConfig, world_size: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
-from mobilellm_pro.config import resolved_toml
+from mobilellm_pro.config import JobError, resolved_toml
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.training.distill_trainer import DistillTrainer
@@ -30,13 +30,13 @@ def train(config: JobConfig, config_path: str) -> None:
     `job.dump_folder`. A run that is DONE is left alone.
 
     Raises:
-        ValueError: listing everything that is wrong with the configuration, the data or the teacher.
+        JobError: listing everything that is wrong with the configuration, the data or the teacher.
     """
     _default_environment()
     world_size = int(os.environ["NGPU"] if config.comm.mode == "fake_backend" else os.environ["WORLD_SIZE"])
     found = problems(config, world_size)
     if found:
-        raise ValueError("\n".join([f"{config_path}: {len(found)} problem(s)", *found]))
+        raise JobError(config_path, found)
     folder = Path(config.job.dump_folder)
     init_logger()
     if _finished(folder, config.training.steps):

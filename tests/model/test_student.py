@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mobilellm_pro.convert.checkpoint import write_safetensors
+from mobilellm_pro.convert.conversion import write_safetensors
 from mobilellm_pro.model.attention import build_masks, document_positions
 from mobilellm_pro.model.generation import continue_tokens
 from mobilellm_pro.model.hugging_face import hugging_face_name, student_args, student_config
@@ -22,7 +22,7 @@ WINDOW = 8
 def student() -> Student:
     torch.manual_seed(0)
     # Larger weights than at initialisation, so that attention is far from uniform.
-    args = replace(FLAVORS["debug"], initializer_range=0.08, sliding_window=WINDOW, num_key_value_heads=2)
+    args = replace(FLAVORS["debug"], initializer_range=0.08, sliding_window=WINDOW, num_key_value_heads=1)
     model = Student(args)
     model.init_weights()
     return model.eval()

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# All tests, on a machine with nothing but Python: makes .venv if needed, then runs pytest with the given arguments.
+#
+#     bash launch/test.sh
+#     bash launch/test.sh tests/config -k override
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+exec python -m pytest "$@"

@@ -1,0 +1,277 @@
+"""What keys of a configuration must be to each other, beyond their types.
+
+`check_keys` needs no machine and runs whenever a file is loaded. `check_world_size` needs the number of processes and
+`check_machine` the kind of device: they run before a job starts. torchtitan asserts some of all this late, adjusts some
+in silence and misses some.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from mobilellm_pro.config.config_error import Issue, Problem
+from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.config.no_effect import check_no_effect
+
+
+def check_keys(config: JobConfig) -> list[Issue]:
+    """Every disagreement between keys that can be seen without knowing the machine."""
+    return [issue for check in _CHECKS for issue in check(config)]
+
+
+def check_world_size(config: JobConfig, world_size: int) -> list[Problem]:
+    """Problems of the degrees of parallelism and of the batch with this number of processes.
+
+    Args:
+        config: a loaded configuration.
+        world_size: number of processes of the job, one a device.
+    """
+    return [Problem("parallelism", issue.key, issue.found, issue.expected) for issue in _mesh(config, world_size)]
+
+
+def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
+    """Problems of the configuration on this machine.
+
+    Args:
+        config: a loaded configuration.
+        device_type: "cpu", "cuda", ... as `torchtitan.tools.utils.device_type`.
+    """
+    problems = []
+    if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem" and device_type != "cuda":
+        found = f'"async_with_pinned_mem" on a {device_type} machine'
+        problems.append(Problem("machine", "checkpoint.async_mode", found, '"async" or "disabled" without CUDA'))
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        problems.append(
+            Problem("machine", "metrics.enable_wandb", "true, without wandb", "`pip install wandb` or false")
+        )
+    return problems
+
+
+def _positive(config: JobConfig) -> Iterator[Issue]:
+    """Numbers that mean nothing at zero or below."""
+    keys = ["training.seq_len", "training.local_batch_size", "training.steps", "training.max_norm", "training.gc_freq"]
+    keys += ["metrics.log_freq", "optimizer.lr", "optimizer.eps", "checkpoint.interval", "profiling.profile_freq"]
+    keys += ["comm.init_timeout_seconds", "comm.train_timeout_seconds"]
+    keys += [
+        f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "tensor_parallel", "context_parallel")
+    ]
+    if config.validation.enable:
+        keys += ["validation.local_batch_size", "validation.seq_len", "validation.freq"]
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value <= 0:
+            yield Issue((key,), str(value), "a positive number")
+
+
+def _batch(config: JobConfig) -> Iterator[Issue]:
+    training, parallelism = config.training, config.parallelism
+    keys = ("training.global_batch_size", "training.local_batch_size", "parallelism.data_parallel_replicate_degree")
+    if training.global_batch_size == -1:
+        return
+    if training.global_batch_size <= 0:
+        yield Issue(keys[:1], str(training.global_batch_size), "a positive number, or -1 for one batch of every rank")
+        return
+    # The shard degree may be -1, the ranks that are left: check_world_size knows how many.
+    unit = (
+        training.local_batch_size
+        * parallelism.data_parallel_replicate_degree
+        * max(1, parallelism.data_parallel_shard_degree)
+    )
+    if unit > 0 and training.global_batch_size % unit:
+        yield Issue(
+            keys, str(training.global_batch_size), f"a multiple of local_batch_size times data parallelism, {unit}"
+        )
+
+
+def _sequence(config: JobConfig) -> Iterator[Issue]:
+    parallelism = config.parallelism
+    shards = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for key, length in lengths.items():
+        if shards > 0 and length > 0 and length % shards:
+            keys = (key, "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree")
+            expected = f"a multiple of {shards}, context times tensor parallel degree: ranks hold equal shards"
+            yield Issue(keys, str(length), expected)
+
+
+def _data_parallelism(config: JobConfig) -> Iterator[Issue]:
+    replicate = config.parallelism.data_parallel_replicate_degree
+    shard = config.parallelism.data_parallel_shard_degree
+    key = "parallelism.data_parallel_shard_degree"
+    if shard != -1 and shard <= 0:
+        yield Issue((key,), str(shard), "a positive number, or -1 for the ranks that the other degrees leave")
+    if replicate > 1 and shard == 1:
+        yield _replicate_only(replicate)
+
+
+def _replicate_only(replicate: int) -> Issue:
+    key = "parallelism.data_parallel_replicate_degree"
+    found = f"{replicate} with data_parallel_shard_degree = 1, which would divide the gradients twice"
+    expected = f"1, and data_parallel_shard_degree = {replicate}"
+    return Issue((key, "parallelism.data_parallel_shard_degree"), found, expected)
+
+
+def _schedule(config: JobConfig) -> Iterator[Issue]:
+    schedule, steps = config.lr_scheduler, config.training.steps
+    total = steps if schedule.total_steps is None else schedule.total_steps
+    key = "lr_scheduler.warmup_steps"
+    if total < steps:
+        found = f"{total} for a run of {steps} steps, where the learning rate would become negative"
+        yield Issue(("lr_scheduler.total_steps", "training.steps"), found, "training.steps or more")
+    if not 0 <= schedule.warmup_steps <= total:
+        found = f"{schedule.warmup_steps} for a schedule of {total} steps"
+        yield Issue((key, "training.steps", "lr_scheduler.total_steps"), found, f"a number from 0 to {total}")
+    if not 0 <= schedule.min_lr_factor <= 1:
+        yield Issue(("lr_scheduler.min_lr_factor",), str(schedule.min_lr_factor), "a number from 0 to 1")
+    ratio = schedule.decay_ratio
+    if ratio is not None and not 0 < ratio <= 1:
+        yield Issue(("lr_scheduler.decay_ratio",), str(ratio), "a number above 0, up to 1")
+    elif ratio is not None and schedule.warmup_steps + round(total * ratio) > total:
+        found = f"{ratio}, {round(total * ratio)} of {total} steps, after {schedule.warmup_steps} steps of warmup"
+        yield Issue(
+            ("lr_scheduler.decay_ratio", key, "training.steps"), found, "warmup and decay that fit one after another"
+        )
+
+
+def _optimizer(config: JobConfig) -> Iterator[Issue]:
+    optimizer = config.optimizer
+    if optimizer.name not in ("Adam", "AdamW"):
+        yield Issue(("optimizer.name",), f'"{optimizer.name}"', '"Adam" or "AdamW"')
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= beta < 1:
+            yield Issue((f"optimizer.{name}",), str(beta), "a number from 0 up to, but not, 1")
+    if optimizer.weight_decay < 0:
+        yield Issue(("optimizer.weight_decay",), str(optimizer.weight_decay), "zero or a positive number")
+
+
+def _checkpoint(config: JobConfig) -> Iterator[Issue]:
+    checkpoint = config.checkpoint
+    latest = checkpoint.keep_latest_k
+    if latest == 1 or latest < 0:
+        expected = "0 (keep all), or 2 or more: the last one may still be in writing"
+        yield Issue(("checkpoint.keep_latest_k",), str(latest), expected)
+    if checkpoint.load_step < -1:
+        yield Issue(("checkpoint.load_step",), str(checkpoint.load_step), "a step, or -1 for the latest")
+    if checkpoint.initial_load_path and not checkpoint.enable:
+        found = "a path that would not be loaded with checkpoint.enable = false"
+        yield Issue(("checkpoint.initial_load_path", "checkpoint.enable"), found, "checkpoint.enable = true")
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
+        keys = ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_path")
+        yield Issue(keys, "true, with nothing to load", "checkpoint.initial_load_path, the Hugging Face folder")
+    for whole, part in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
+        if getattr(checkpoint, whole) and not getattr(checkpoint, part):
+            keys = (f"checkpoint.{whole}", f"checkpoint.{part}")
+            yield Issue(keys, f"true with {part} = false", f"{part} = true: Hugging Face folders hold weights only")
+
+
+def _compile(config: JobConfig) -> Iterator[Issue]:
+    compile_, ac = config.compile, config.activation_checkpoint
+    if compile_.enable and compile_.components != ["model"]:
+        found = f"{compile_.components}".replace("'", '"')
+        yield Issue(("compile.components", "compile.enable"), found, '["model"]: the loss has a backward of its own')
+    if ac.mode == "memory_budget" and not compile_.enable:
+        keys = ("activation_checkpoint.mode", "compile.enable")
+        yield Issue(keys, '"memory_budget" without compilation', 'compile.enable = true, or "selective" or "full"')
+    if ac.mode == "memory_budget" and not 0 <= ac.memory_budget <= 1:
+        yield Issue(("activation_checkpoint.memory_budget",), str(ac.memory_budget), "a number from 0 to 1")
+    option = ac.selective_ac_option
+    if ac.mode == "selective" and option != "op" and not (option.isdigit() and int(option) > 0):
+        keys = ("activation_checkpoint.selective_ac_option", "activation_checkpoint.mode")
+        yield Issue(keys, f'"{option}"', '"op", or a positive number as a string: every nth layer')
+
+
+def _validation(config: JobConfig) -> Iterator[Issue]:
+    steps = config.validation.steps
+    if config.validation.enable and steps <= 0:
+        keys = ("validation.steps", "validation.enable")
+        yield Issue(keys, f"{steps}", "a positive number: ranks that ran out of text at different steps would hang")
+
+
+def _loader(config: JobConfig) -> Iterator[Issue]:
+    for section in ("training", "validation"):
+        loader = getattr(config, section).dataloader
+        key = f"{section}.dataloader"
+        if loader.num_workers < 0:
+            yield Issue((f"{key}.num_workers",), str(loader.num_workers), "zero or a positive number")
+        for name in ("persistent_workers", "prefetch_factor"):
+            if getattr(loader, name) and loader.num_workers == 0:
+                keys = (f"{key}.{name}", f"{key}.num_workers")
+                yield Issue(keys, f"{getattr(loader, name)} without workers", f"{key}.num_workers above 0")
+
+
+def _communication(config: JobConfig) -> Iterator[Issue]:
+    if config.comm.mode == "local_tensor":
+        yield Issue(("comm.mode",), '"local_tensor"', '"default", or "fake_backend" for a dry run')
+
+
+def _converters(config: JobConfig) -> Iterator[Issue]:
+    for converter in config.model.converters:
+        if converter.startswith("quantize."):
+            yield Issue(("model.converters",), f'"{converter}"', "no converter of float8 or MX training")
+
+
+def _mesh(config: JobConfig, world_size: int) -> Iterator[Issue]:
+    parallelism = config.parallelism
+    degrees = {
+        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
+        "context_parallel_degree": parallelism.context_parallel_degree,
+        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+    }
+    others = 1
+    for degree in degrees.values():
+        others *= degree
+    shard = parallelism.data_parallel_shard_degree
+    said = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
+    key = "parallelism.data_parallel_shard_degree"
+    if others <= 0 or world_size % others or (shard != -1 and shard * others != world_size):
+        found = f"data_parallel_shard_degree {shard} x {said} for {world_size} processes"
+        yield Issue((key,), found, _mesh_cure(world_size, others, shard))
+        return
+    shard = world_size // others
+    if shard == 1 and parallelism.data_parallel_replicate_degree > 1:
+        yield _replicate_only(parallelism.data_parallel_replicate_degree)
+    data_ranks = shard * parallelism.data_parallel_replicate_degree
+    unit = config.training.local_batch_size * data_ranks
+    batch = config.training.global_batch_size
+    if batch > 0 and batch % unit:
+        expected = f"a multiple of {unit}: local_batch_size times {data_ranks} data parallel ranks"
+        yield Issue(("training.global_batch_size",), str(batch), expected)
+
+
+def smallest_world_size(config: JobConfig) -> int:
+    """The least number of processes that the degrees of parallelism allow: a left-over shard degree counts as small."""
+    parallelism = config.parallelism
+    shard = parallelism.data_parallel_shard_degree
+    if shard == -1:  # replicas without shards are refused
+        shard = 2 if parallelism.data_parallel_replicate_degree > 1 else 1
+    model_degrees = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    return parallelism.data_parallel_replicate_degree * shard * model_degrees
+
+
+def _mesh_cure(world_size: int, others: int, shard: int) -> str:
+    if others > 0 and world_size % others == 0:
+        return f"data_parallel_shard_degree = {world_size // others} or -1, or {max(shard, 1) * others} processes"
+    return f"degrees whose product is {world_size}, or a multiple of {others} processes"
+
+
+_CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
+    check_no_effect,
+    check_distill,
+    check_data,
+    check_attention,
+    _positive,
+    _batch,
+    _sequence,
+    _data_parallelism,
+    _schedule,
+    _optimizer,
+    _checkpoint,
+    _compile,
+    _validation,
+    _loader,
+    _communication,
+    _converters,
+)

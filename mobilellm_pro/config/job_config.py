@@ -1,0 +1,109 @@
+"""The sections that this project adds to torchtitan's JobConfig.
+
+torchtitan's own sections ([job], [model], [training], [optimizer], ...) keep their names and meaning; the sections here
+hold what a distillation run needs beside them. A TOML section is a dataclass field, a TOML key is a field of that
+dataclass, and the text under a field is its documentation (`mobilellm-pro show` prints the values in force).
+
+`config/toml.py` builds this class from a file; nothing rewrites it afterwards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import JobConfig as TitanJobConfig
+
+
+@dataclass
+class Attention:
+    """Shape of the student's attention and of the masks of a packed row."""
+
+    global_layers: list[int] | None = None
+    """Layers with full attention; the others see `window` tokens. Default: the flavor's list."""
+
+    window: int | None = None
+    """Tokens that a local layer sees, itself included. Default: the flavor's (512 at 1b)."""
+
+    rope_base: float | None = None
+    """RoPE base of the student in this phase. Default: the flavor's (10,000)."""
+
+    student_mask: Literal["block_causal", "causal"] = "block_causal"
+    """Whether the student attends inside its own document only, or to the whole row before it."""
+
+    teacher_mask: Literal["block_causal", "causal"] = "block_causal"
+    """The same choice for the teacher."""
+
+    positions: Literal["continue", "reset"] = "continue"
+    """Position numbers inside a packed row: go on over document borders, or start at 0 in every document."""
+
+
+@dataclass
+class Distill:
+    """What is minimised."""
+
+    objective: Literal["kl", "ce", "weighted"] = "kl"
+    """`kl`: forward KL from the teacher over the full vocabulary. `ce`: next-token cross entropy, no teacher is loaded.
+    `weighted`: `kl_weight` times the one plus `ce_weight` times the other."""
+
+    kl_weight: float = 1.0
+    """Read only with objective = "weighted"."""
+
+    ce_weight: float = 0.0
+    """Read only with objective = "weighted"."""
+
+    temperature: float = 1.0
+    """Softmax temperature T of the KL term, which is multiplied by T²."""
+
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at the same time. Default: chosen from a byte budget."""
+
+
+@dataclass
+class Teacher:
+    """The frozen teacher."""
+
+    path: str = ""
+    """Hugging Face folder of a Llama 4 text model: config.json and safetensors, sharded or not."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type that the teacher's weights are held and computed in."""
+
+
+@dataclass
+class Dataset:
+    """One corpus of the mixture."""
+
+    name: str = ""
+    """Name in logs and metrics."""
+
+    path: str = ""
+    """Folder that `mobilellm-pro prepare` wrote."""
+
+    weight: float = 0.0
+    """Share of the training tokens; the weights of all datasets sum to 1 (see `renormalize_weights`)."""
+
+
+@dataclass
+class Data:
+    """Token shards and their mixture."""
+
+    tokenizer: str = ""
+    """File in tiktoken's format, or "llama4" for the file inside the installed `llama-models` package."""
+
+    datasets: list[Dataset] = field(default_factory=list)
+    """The corpora, as `[[data.datasets]]` tables."""
+
+    renormalize_weights: bool = False
+    """Divide the weights by their sum instead of refusing a sum other than 1."""
+
+    seed: int = 0
+    """Seed of the order: what is in step k is a function of (seed, k) alone."""
+
+
+@dataclass
+class JobConfig(TitanJobConfig):
+    """torchtitan's configuration with the sections of this project."""
+
+    attention: Attention = field(default_factory=Attention)
+    distill: Distill = field(default_factory=Distill)
+    teacher: Teacher = field(default_factory=Teacher)
+    data: Data = field(default_factory=Data)

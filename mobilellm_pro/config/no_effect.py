@@ -1,0 +1,80 @@
+"""Keys of torchtitan's configuration that do nothing in this project, or that it cannot do, and what to use instead.
+
+torchtitan would accept them in silence; a user who sets one believes that it works. Each entry is a key or a section. A
+key at its default is not "set": it cannot mislead anybody.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mobilellm_pro.config.config_error import Issue
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.config.typed_values import all_keys
+
+_CORPORA = "the corpora as [[data.datasets]] tables"
+_HELD_OUT = "nothing: the held-out part of [[data.datasets]] is used"
+_TOKENIZER = "data.tokenizer (and teacher.path, checkpoint.initial_load_path for weights)"
+_EXTENSION = "nothing: the configuration classes of this project are fixed"
+_PIPELINE = "nothing: no pipeline parallelism; use FSDP, tensor or context parallelism"
+_EXPERTS = "nothing: no expert parallelism; the teacher's experts are sharded by FSDP"
+_CONTEXT = "nothing: context parallelism here gives every rank one contiguous shard and gathers keys as the masks need"
+_FAULT_TOLERANCE = "nothing: a run restarts from its last checkpoint instead"
+_LOW_PRECISION = "nothing: no float8 or MX training"
+
+NO_EFFECT: dict[str, str] = {
+    "job.config_file": "the file as the first word of the command",
+    "job.custom_config_module": _EXTENSION,
+    "experimental.custom_args_module": _EXTENSION,
+    "model.hf_assets_path": _TOKENIZER,
+    "model.tokenizer_path": _TOKENIZER,
+    "training.dataset": _CORPORA,
+    "training.dataset_path": _CORPORA,
+    "validation.dataset": _HELD_OUT,
+    "validation.dataset_path": _HELD_OUT,
+    "optimizer.early_step_in_backward": "false: it steps before gradients are accumulated and clipped",
+    "parallelism.pipeline_parallel_degree": _PIPELINE,
+    "parallelism.module_fqns_per_model_part": _PIPELINE,
+    "parallelism.pipeline_parallel_first_stage_less_layers": _PIPELINE,
+    "parallelism.pipeline_parallel_last_stage_less_layers": _PIPELINE,
+    "parallelism.pipeline_parallel_layers_per_stage": _PIPELINE,
+    "parallelism.pipeline_parallel_schedule": _PIPELINE,
+    "parallelism.pipeline_parallel_schedule_csv": _PIPELINE,
+    "parallelism.pipeline_parallel_microbatch_size": _PIPELINE,
+    "parallelism.pipeline_parallel_expert_parallel_overlap": _PIPELINE,
+    "parallelism.expert_parallel_degree": _EXPERTS,
+    "parallelism.expert_tensor_parallel_degree": _EXPERTS,
+    "parallelism.expert_parallel_comm_backend": _EXPERTS,
+    "parallelism.context_parallel_load_balancer": _CONTEXT,
+    "parallelism.context_parallel_rotate_method": _CONTEXT,
+    "checkpoint.enable_ft_dataloader_checkpoints": _FAULT_TOLERANCE,
+    "checkpoint.initial_load_in_hf_quantized": "an unquantized checkpoint",
+    "fault_tolerance": _FAULT_TOLERANCE,
+    "quantize": _LOW_PRECISION,
+    "memory_estimation": 'nothing: `validate`, or a run with comm.mode = "fake_backend", checks a job',
+    "debug.moe_force_load_balance": "nothing: the teacher routes as it was trained",
+}
+
+
+def has_no_effect(key: str) -> bool:
+    """Whether a dotted key, or the section it is in, is listed here."""
+    parts = key.split(".")
+    return any(".".join(parts[:count]) in NO_EFFECT for count in range(1, len(parts) + 1))
+
+
+def check_no_effect(config: JobConfig) -> Iterator[Issue]:
+    """One issue for every listed key that is not at its default."""
+    default = JobConfig()
+    for key, _ in all_keys(JobConfig):
+        if not has_no_effect(key):
+            continue
+        value = value_at(config, key)
+        if value != value_at(default, key):
+            cure = NO_EFFECT.get(key) or NO_EFFECT[key.split(".")[0]]
+            yield Issue((key,), f"{value!r}, which has no effect here", cure)
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

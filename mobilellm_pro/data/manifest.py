@@ -1,0 +1,99 @@
+"""`manifest.json` of a prepared corpus: what it was made from, with what, and what must be on disk.
+
+It is written last and by rename, so its presence says that the corpus is complete; the fingerprint and settings in it
+say whether it is the corpus that a configuration means.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard: file name without suffix, counts, largest id, and sha256 of both files."""
+
+    name: str
+    documents: int
+    tokens: int
+    max_id: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one corpus.
+
+    Attributes:
+        tokenizer: source of the tokenizer (a path or "llama4").
+        fingerprint: of the tokenizer.
+        vocab_size: of the tokenizer.
+        settings: the settings that decide about the content, to compare with a configuration.
+        sources: path, bytes and sha256 of each file that was read.
+        shards: split -> shards in order.
+        text_bytes: split -> UTF-8 bytes of text behind the tokens.
+        skipped: documents left out, empty or shorter than min_chars.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    settings: dict[str, Any]
+    sources: list[dict[str, Any]]
+    shards: dict[str, list[ShardRecord]]
+    text_bytes: dict[str, int]
+    skipped: int = 0
+    version: int = field(default=VERSION)
+
+    def documents(self, split: str) -> int:
+        """Documents of a split."""
+        return sum(record.documents for record in self.shards[split])
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split."""
+        return sum(record.tokens for record in self.shards[split])
+
+    def split_sizes(self) -> str:
+        """Documents of each split, for messages."""
+        return ", ".join(f"{split} {self.documents(split)} documents" for split in self.shards)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a finished corpus, by rename."""
+    temporary = folder / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / FILE)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished corpus.
+        ValueError: the file is damaged or of another version.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} is not a finished corpus; run `prepare` (again)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shards = {split: [ShardRecord(**record) for record in records] for split, records in content["shards"].items()}
+        manifest = Manifest(**{**content, "shards": shards})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({error}): delete the folder and run `prepare` again") from None
+    if manifest.version != VERSION:
+        raise ValueError(f"{path}: version {manifest.version}, expected {VERSION}: run `prepare` again")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

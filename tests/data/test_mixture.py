@@ -1,0 +1,130 @@
+"""The order of a mixture: shares at every scale, purity, and what a batch holds."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mobilellm_pro.data.mixture import IGNORE, Mixture, batch, check_weights
+from mobilellm_pro.data.packing import CorpusStream
+from mobilellm_pro.data.shards import Corpus
+from tests.data.synthetic import make_corpora
+
+PAPER = [89.75, 4.66, 1.92, 1.35, 1.02, 1.02, 0.24]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Corpus]:
+    folders = make_corpora(tmp_path_factory.mktemp("mixture"), ("a", "b", "c"), documents=60)
+    return [Corpus.open(folder) for folder in folders.values()]
+
+
+def make_mixture(
+    corpora: list[Corpus], weights: list[float], *, seq_len: int = 32, seed: int = 1, **options
+) -> Mixture:
+    streams = [CorpusStream(corpora[i % len(corpora)], seq_len=seq_len, seed=seed) for i in range(len(weights))]
+    return Mixture(streams, weights, seed=seed, **options)
+
+
+@pytest.mark.parametrize("weights", [PAPER, [1.0], [50, 50], [20] * 5, [60, 25, 10, 4, 1], [99.99, 0.01]])
+def test_shares_over_any_10000_rows(corpora: list[Corpus], weights: list[float]):
+    """Within 0.1 % of the weights over every window of 10,000 rows, borders of the period included."""
+    mixture = make_mixture(corpora, weights, renormalize=True)
+    shares = np.array(weights) / sum(weights)
+    twice = np.concatenate([mixture._schedule, mixture._schedule])
+    for corpus, share in enumerate(shares):
+        before = np.concatenate(([0], np.cumsum(twice == corpus)))
+        for window in (100, 10_000):
+            taken = before[window:] - before[:-window]
+            assert np.abs(taken - window * share).max() <= 10, (corpus, window)
+
+
+def test_every_row_of_a_corpus_once_and_in_order(corpora: list[Corpus]):
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2], period=1000)
+    places = [mixture.place(index) for index in range(3500)]
+    for corpus in range(3):
+        rows = [row for which, row in places if which == corpus]
+        assert rows == list(range(len(rows)))
+        assert mixture.counts(3500)[corpus] == len(rows)
+    passed = mixture.counts(3500) * 32 / [corpus.num_tokens for corpus in corpora]
+    np.testing.assert_allclose(mixture.epochs(3500), passed)
+
+
+def test_rows_are_a_function_of_seed_and_number(corpora: list[Corpus]):
+    """However ranks and batches cut the rows, and in whichever process."""
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
+    whole = batch(mixture, 40, 24)
+    for ranks in (2, 3, 4, 8):
+        size = 24 // ranks
+        fresh = pickle.loads(pickle.dumps(make_mixture(corpora, [0.5, 0.3, 0.2])))
+        parts = {rank: batch(fresh, 40 + rank * size, size) for rank in reversed(range(ranks))}
+        for key, value in whole.items():
+            assert torch.equal(torch.cat([parts[rank][key] for rank in range(ranks)]), value)
+    other = batch(make_mixture(corpora, [0.5, 0.3, 0.2], seed=2), 40, 24)
+    assert not torch.equal(other["input"], whole["input"])
+
+
+def test_batch(corpora: list[Corpus]):
+    """Against the definition: labels are the next tokens, none across a document border."""
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
+    rows = batch(mixture, 0, 6)
+    kinds = {"input": torch.int64, "labels": torch.int64, "document_ids": torch.int32, "corpus": torch.int32}
+    assert {key: value.dtype for key, value in rows.items()} == kinds
+    assert rows["input"].shape == rows["labels"].shape == rows["document_ids"].shape == (6, 32)
+    for b in range(6):
+        corpus, row = mixture.place(b)
+        tokens = mixture.streams[corpus].sequence(row).tokens.tolist()
+        assert rows["corpus"][b] == corpus
+        assert rows["input"][b].tolist() == tokens[:-1]
+        # bos (4077) begins every document, so it must never be predicted.
+        assert rows["labels"][b].tolist() == [IGNORE if token == 4077 else token for token in tokens[1:]]
+        ordinals = np.cumsum([0, *(token == 4077 for token in tokens[1:-1])])
+        assert rows["document_ids"][b].tolist() == ordinals.tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, 0.5, 0.0], "corpus 'c': weight = 0, expected more than 0"),
+        ([0.7, -0.2, 0.5], "corpus 'b': weight = -0.2"),
+        ([float("nan"), 0.5, 0.5], "corpus 'a': weight = nan"),
+        ([0.5, 0.3, 0.1], "weights of a, b, c sum to 0.9, expected 1"),
+        ([0.5, 0.5], "2 weights for 3 corpora"),
+    ],
+)
+def test_bad_weights(weights: list[float], message: str):
+    with pytest.raises(ValueError, match=message):
+        check_weights(["a", "b", "c"], weights)
+
+
+def test_renormalize():
+    np.testing.assert_allclose(check_weights(["a", "b"], [3, 1], renormalize=True), [0.75, 0.25])
+    assert check_weights(["a", "b"], [0.5002, 0.5]).sum() == pytest.approx(1, abs=1e-15)
+
+
+def test_bad_mixtures(corpora: list[Corpus]):
+    with pytest.raises(ValueError, match="0 weights for 0 corpora"):
+        Mixture([], [], seed=1)
+    with pytest.raises(ValueError, match=r"need one seq_len, found \[8, 16\]"):
+        Mixture([CorpusStream(corpora[0], seq_len=n, seed=1) for n in (8, 16)], [0.5, 0.5], seed=1)
+    with pytest.raises(ValueError, match=r"corpus 'b': a weight below 1/100 is never drawn"):
+        make_mixture(corpora, [0.9999, 0.0001], period=100)
+
+
+def test_files_survive_in_worker_processes(corpora: list[Corpus], tmp_path: Path):
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, mixture: Mixture) -> None:
+            self.mixture = mixture
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return batch(self.mixture, 2 * index, 2)
+
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
+    loader = torch.utils.data.DataLoader(Rows(mixture), batch_size=None, num_workers=2)
+    for index, rows in enumerate(loader):
+        assert torch.equal(rows["input"], batch(mixture, 2 * index, 2)["input"])
