@@ -15,35 +15,46 @@ from typing import Any
 PRELOADED = ["torch", "mobilellm_pro.config", "mobilellm_pro.training.run"]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
-    """Calls `function(*args)` on `world_size` ranks with torchrun's environment; results in rank order.
+class Ranks:
+    """Processes that run `function(*args)` with torchrun's environment, started at once."""
 
-    Raises:
-        AssertionError: with the traceback of the first rank that failed, or on a timeout.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    results: Any = context.Queue()
-    port = _free_port()
-    ranks = [
-        context.Process(target=_rank, args=(results, rank, world_size, port, function, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    collected: dict[int, Any] = {}
-    try:
-        while len(collected) < world_size:
-            rank, result, error = results.get(timeout=timeout_seconds)
-            assert error is None, f"rank {rank} of {world_size}:\n{error}"
-            collected[rank] = result
-    except queue.Empty:
-        raise AssertionError(f"ranks hung: only {sorted(collected)} of {world_size} finished") from None
-    finally:
-        for process in ranks:
+    def __init__(self, function: Callable[..., Any], world_size: int, *args: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._results: Any = context.Queue()
+        port = _free_port()
+        self.processes = [
+            context.Process(target=_rank, args=(self._results, rank, world_size, port, function, args))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def results(self, timeout_seconds: float = 120) -> list[Any]:
+        """What the ranks returned, in rank order; AssertionError with a rank's traceback, or on a timeout."""
+        collected: dict[int, Any] = {}
+        try:
+            while len(collected) < len(self.processes):
+                rank, result, error = self._results.get(timeout=timeout_seconds)
+                assert error is None, f"rank {rank} of {len(self.processes)}:\n{error}"
+                collected[rank] = result
+        except queue.Empty:
+            raise AssertionError(f"ranks hung: only {sorted(collected)} of {len(self.processes)} finished") from None
+        finally:
+            self.stop()
+        return [collected[rank] for rank in range(len(self.processes))]
+
+    def stop(self) -> None:
+        """Ends what still runs."""
+        for process in self.processes:
             process.join(timeout=5)
             process.kill()
-    return [collected[rank] for rank in range(world_size)]
+            process.join()
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    """Calls `function(*args)` on every rank and waits; results in rank order, AssertionError where one failed."""
+    return Ranks(function, world_size, *args).results(timeout_seconds)
 
 
 def _rank(results: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:

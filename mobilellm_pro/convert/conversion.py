@@ -1,7 +1,7 @@
 """The `convert` verb: DCP checkpoints to Hugging Face folders and back, exact to the bit at equal data type.
 
-    mobilellm-pro convert outputs/debug/1_language outputs/debug/hugging_face
-    mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face/checkpoint/step-0
+mobilellm-pro convert outputs/debug/1_language outputs/debug/hugging_face
+mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face/checkpoint/step-0
 """
 
 import json
@@ -85,7 +85,7 @@ def write_safetensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})

@@ -40,11 +40,11 @@ class _Encoded(NamedTuple):
     ids: list[np.ndarray]
 
 
-def prepare(config_path: str | Path, *, overwrite: bool = False, workers: int | None = None) -> None:
+def prepare(datasets_toml: str | Path, *, overwrite: bool = False, workers: int | None = None) -> None:
     """Makes the token shards of every dataset of a `datasets.toml`; finished ones are skipped.
 
     Args:
-        config_path: the TOML file, see `dataset_config`.
+        datasets_toml: the TOML file, see `dataset_config`.
         overwrite: make corpora again whose settings or tokenizer have changed, instead of refusing.
         workers: tokenizing processes; None takes one per core, 0 works in this process.
 
@@ -52,12 +52,12 @@ def prepare(config_path: str | Path, *, overwrite: bool = False, workers: int | 
         FileNotFoundError: the TOML, the tokenizer or a source does not exist.
         ValueError: a mistake in the TOML or in the text, or a finished corpus made with other settings.
     """
-    config = load_datasets_config(config_path)
+    config = load_datasets_config(datasets_toml)
     tokenizer = Tokenizer.load(config.tokenizer)
     waiting = [dataset for dataset in config.datasets if not _finished(dataset, config.output, tokenizer, overwrite)]
     for dataset in waiting:  # before hours of work on the first one
         if not dataset.files():
-            raise FileNotFoundError(f"{config_path}: dataset {dataset.name!r}: no file matches {list(dataset.source)}")
+            raise FileNotFoundError(f"{datasets_toml}: dataset {dataset.name!r}: no file matches {list(dataset.source)}")
     for dataset in waiting:
         _prepare_dataset(dataset, config.output / dataset.name, tokenizer, workers)
 

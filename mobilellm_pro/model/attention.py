@@ -1,8 +1,8 @@
 """Attention of both models: which keys a query may see, and the product itself.
 
-A packed row holds several documents. What a query sees is one rule, `causal AND same document AND (window | chunk | all)`,
-written once as a FlexAttention mask function. On an accelerator it becomes a `BlockMask` for FlexAttention; on a CPU,
-where FlexAttention has no backward, the same function becomes a dense mask for SDPA. A layer takes either.
+A packed row holds several documents. What a query sees is one rule, `causal AND same document AND (window | chunk |
+all)`, written once as a FlexAttention mask function. On an accelerator it becomes a `BlockMask` for FlexAttention; on a
+CPU, where FlexAttention has no backward, the same function becomes a dense mask for SDPA. A layer takes either.
 
 Shapes: B rows, S tokens of a row (on this rank), K keys, H query heads, G key/value heads, W head width.
 """
@@ -99,7 +99,7 @@ def _dense_mask(rule: Callable[..., Tensor], num_rows: int, num_queries: int, nu
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Position of every token inside its own document, [B, S], counted from 0 at each document's first token in the row."""
+    """Position of every token inside its own document, [B, S], from 0 at the document's first token in the row."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

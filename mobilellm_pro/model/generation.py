@@ -38,7 +38,8 @@ def continue_tokens(
     """
     if prompt.shape[1] == 0:
         raise ValueError("the prompt has no tokens; expected at least one (bos alone will do)")
-    cache, tokens, produced = KVCache(), prompt, []
+    cache, tokens = KVCache(), prompt
+    produced: list[Tensor] = []
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     stops = torch.tensor(stop_ids, device=prompt.device)
     for _ in range(max_new_tokens):

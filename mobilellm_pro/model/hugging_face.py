@@ -146,7 +146,9 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
         named = set(json.loads(index.read_text())["weight_map"].values())
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise FileNotFoundError(f"{index}: names files that are not there: {', '.join(missing)}; download them again")
+            raise FileNotFoundError(
+                f"{index}: names files that are not there: {', '.join(missing)}; download them again"
+            )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         shapes.update(_header_shapes(file))
@@ -167,12 +169,14 @@ def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end > size:
-        raise ValueError(f"{file}: truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again")
+        raise ValueError(
+            f"{file}: truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again"
+        )
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 def text_prefix(names: set[str]) -> str:
-    """"language_model." for the text part of a multimodal checkpoint, else ""."""
+    """ "language_model." for the text part of a multimodal checkpoint, else ""."""
     return "language_model." if any(name.startswith("language_model.") for name in names) else ""
 
 

@@ -37,7 +37,7 @@ class KVCache:
         return extend
 
     def masks(self, spans: Mapping[str, Span], positions: Tensor) -> dict[str, Tensor]:
-        """Masks [B, 1, S, K + S] of new tokens at `positions` [B, S] against what the layers of each kind still hold."""
+        """Masks [B, 1, S, K + S] of new tokens at `positions` [B, S] against what each kind of layer still holds."""
         new = positions.shape[1]
         query = torch.arange(self.num_tokens, self.num_tokens + new, device=positions.device).view(-1, 1)
         masks = {}

@@ -5,6 +5,8 @@ teacher that only runs forward, over a mesh of its own and outside the optimizer
 activation checkpointing, compile, FSDP2.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +26,7 @@ from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.tools.utils import device_type
 
 from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.model.attention import Attend
 
 SAVED_OPERATIONS = {
     torch.ops.aten.mm.default,
@@ -65,7 +68,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh | None, context_mesh: Device
         _set_context_group(model, context_mesh)
     if mesh is None:
         return
-    for unit in (model.embed_tokens, *model.layers.values()):
+    for unit in (model.get_submodule("embed_tokens"), *_layers(model).values()):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     _sum_on_gloo(model)
@@ -86,8 +89,8 @@ def _parallelize(
             base_folder=job_config.job.dump_folder,
         )
     if compiled:
-        for name, layer in model.layers.named_children():
-            model.layers.register_module(name, torch.compile(layer, backend=job_config.compile.backend, fullgraph=True))
+        for layer in _layers(model).values():
+            layer.compile(backend=job_config.compile.backend, fullgraph=True)
     if parallel_dims.fsdp_enabled:
         _apply_fsdp(model, parallel_dims, job_config, own_units)
     return model
@@ -103,7 +106,6 @@ def _apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             "norm": SequenceParallel(),
         },
     )
-    to_whole = {"input_layouts": (Shard(1),), "desired_input_layouts": (Replicate(),)}
     plan = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
@@ -114,12 +116,12 @@ def _apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         "self_attn.v_proj": ColwiseParallel(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": SequenceParallel(),
-        "mlp": PrepareModuleInput(**to_whole),
+        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
-    for layer in model.layers.values():
+    for layer in _layers(model).values():
         parallelize_module(layer, mesh, plan)
 
 
@@ -127,7 +129,7 @@ def _apply_fsdp(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, own_units: tuple[str, ...]
 ) -> None:
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-    settings = {
+    settings: dict[str, Any] = {
         "mesh": parallel_dims.get_mesh(names),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
@@ -137,7 +139,7 @@ def _apply_fsdp(
     if job_config.training.enable_cpu_offload:
         settings["offload_policy"] = CPUOffloadPolicy()
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
-    for unit in (*(model.get_submodule(name) for name in own_units), *model.layers.values()):
+    for unit in (*(model.get_submodule(name) for name in own_units), *_layers(model).values()):
         fully_shard(unit, **settings, reshard_after_forward=reshard)
     fully_shard(model, **settings, reshard_after_forward=False)
     for module in model.modules():
@@ -156,5 +158,13 @@ def _sum_on_gloo(model: nn.Module) -> None:
 
 
 def _set_context_group(model: nn.Module, mesh: DeviceMesh) -> None:
-    for layer in model.layers.values():
-        layer.self_attn.attend.context_group = mesh.get_group()
+    for layer in _layers(model).values():
+        attend = layer.get_submodule("self_attn.attend")
+        assert isinstance(attend, Attend)
+        attend.context_group = mesh.get_group()
+
+
+def _layers(model: nn.Module) -> nn.ModuleDict:
+    layers = model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleDict)
+    return layers

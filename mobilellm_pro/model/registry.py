@@ -1,4 +1,4 @@
-"""The models that a configuration can name: `mobilellm_pro` (the student) and `llama4_text` (a teacher to be trained)."""
+"""The models that a configuration can name: `mobilellm_pro`, the student, and `llama4_text`, a teacher to train."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

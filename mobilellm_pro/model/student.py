@@ -1,8 +1,8 @@
-"""The student: MobileLLM-Pro's decoder, three local attention layers to one global, embeddings shared with the head.
+"""The student: MobileLLM-Pro's decoder, three local attention layers to one global, embeddings that are the head too.
 
-Parameter names are those of stock `transformers`' SmolLM3 without the prefix `model.`, so that export is a rename. There
-is no output module: `forward` hands the last hidden states and the embedding matrix to the callable `head`, inside the
-FSDP root, where that matrix is gathered already. Losses therefore never see a logits tensor that they did not make.
+Parameter names are those of stock `transformers`' SmolLM3 without the prefix `model.`, so that export is a rename.
+There is no output module: `forward` hands the last hidden states and the embedding matrix to the callable `head`,
+inside the FSDP root, where that matrix is gathered already. Losses never see a logits tensor that they did not make.
 
 Shapes: B rows, S tokens, D width, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
-from mobilellm_pro.model.attention import AttentionMask, Attend, Span, build_masks
+from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.kv_cache import KVCache
 
@@ -47,7 +47,8 @@ class StudentArgs(BaseModelArgs):
         outside = [i for i in self.global_layers if not 0 <= i < self.num_hidden_layers]
         if outside:
             raise ValueError(
-                f"attention.global_layers names layers {outside}; the model has layers 0 to {self.num_hidden_layers - 1}"
+                f"attention.global_layers names layers {outside}; "
+                f"the model has layers 0 to {self.num_hidden_layers - 1}"
             )
 
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
@@ -55,7 +56,7 @@ class StudentArgs(BaseModelArgs):
         self.__dict__.update(with_attention(self, job_config).__dict__)
 
     def kind(self, layer: int) -> str:
-        """"global" or "local"."""
+        """ "global" or "local"."""
         return "global" if layer in self.global_layers else "local"
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
@@ -99,7 +100,7 @@ FLAVORS: Mapping[str, StudentArgs] = {
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotated halves; the local head counts follow from the projections' (sharded) widths."""
+    """Grouped-query attention with rotated halves; numbers of heads follow from the (sharded) projections' widths."""
 
     def __init__(self, args: StudentArgs):
         super().__init__()

@@ -1,8 +1,9 @@
 """The teacher: Llama 4's text decoder, exact against `transformers`' Llama4ForCausalLM.
 
-Every fourth layer has no position embedding and full attention, with the query scaled by the logarithm of its position;
-the others rotate interleaved pairs, normalise queries and keys without weights, and attend inside chunks. Feed-forward
-layers route each token to one expert, whose *input* is scaled by the sigmoid of the router's logit, beside a shared one.
+Every fourth layer has no position embedding and full attention, with the query scaled by the logarithm of its
+position; the others rotate interleaved pairs, normalise queries and keys without weights, and attend inside chunks.
+Feed-forward layers route each token to one expert, whose *input* is scaled by the sigmoid of the router's logit, beside
+a shared one.
 
 Parameter names and layouts are those of Hugging Face's checkpoints without the prefix `model.`: loading copies tensors
 into shards and never reshapes one.
@@ -21,7 +22,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
-from mobilellm_pro.model.attention import AttentionMask, Attend, Span, build_masks
+from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.rotary import FrequencyScaling
 from mobilellm_pro.model.student import GatedMLP, Head

@@ -100,7 +100,9 @@ def _plot(folders: list[Path], kind: str, key: str, label: str, path: Path, teac
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for folder in folders:
         records = read_metrics(folder, kind)
-        axes.plot([r["step"] for r in records], [r[key] for r in records], label=folder.name, marker="." * (kind != "train"))
+        axes.plot(
+            [r["step"] for r in records], [r[key] for r in records], label=folder.name, marker="." * (kind != "train")
+        )
         if teacher is not None and records and teacher in records[-1]:
             axes.axhline(records[-1][teacher], color="gray", linestyle="--", label=f"teacher of {folder.name}")
     axes.set(xlabel="step", ylabel=label)

@@ -1,8 +1,8 @@
 """torchtitan's Trainer with a frozen teacher beside the student.
 
 The loop, the optimizer, the schedules and the checkpoints are torchtitan's. What changes is one micro-batch: masks and
-positions of both models, the teacher's last hidden states without gradients, and a loss that multiplies hidden states by
-both heads a chunk of tokens at a time, inside the student's forward, where its embedding is gathered.
+positions of both models, the teacher's last hidden states without gradients, and a loss that multiplies hidden states
+by both heads a chunk of tokens at a time, inside the student's forward, where its embedding is gathered.
 
 Shapes: B rows, S tokens of a row on this rank, D student width, E teacher width, V vocabulary (or this rank's slice).
 """

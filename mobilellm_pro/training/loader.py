@@ -47,7 +47,13 @@ class _Rows(IterableDataset):
     """This rank's micro-batches from micro-batch `first` on; worker w of n makes every n-th of them."""
 
     def __init__(self, mixture: Mixture, batch_size: int, rank: int, num_ranks: int, first: int):
-        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first = mixture, batch_size, rank, num_ranks, first
+        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first = (
+            mixture,
+            batch_size,
+            rank,
+            num_ranks,
+            first,
+        )
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()

@@ -1,4 +1,4 @@
-"""torchtitan's metrics with those of a distillation: kl, ce, the teacher's cross entropy and entropy, tokens per corpus.
+"""torchtitan's metrics with those of a distillation: kl, ce, teacher cross entropy and entropy, tokens per corpus.
 
 Sums are added up on the device between two logs and reduced over the mesh once a log, so a step that is not logged
 costs no synchronisation.

@@ -1,9 +1,9 @@
 """What a run leaves beside its checkpoints, so that its folder explains itself.
 
-    config.toml      the resolved configuration of the latest start
-    environment.json package versions, commit, hardware, world size, command line
-    metrics.jsonl    one line a logged step or validation; after a resume, later lines of a step replace earlier ones
-    DONE             written last: steps, wall seconds, checkpoint and the last validation
+config.toml      the resolved configuration of the latest start
+environment.json package versions, commit, hardware, world size, command line
+metrics.jsonl    one line a logged step or validation; after a resume, later lines of a step replace earlier ones
+DONE             written last: steps, wall seconds, checkpoint and the last validation
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def describe_environment(world_size: int) -> dict[str, Any]:
     """Versions, commit and hardware of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -19,6 +19,7 @@ from mobilellm_pro.training.loader import build_loader
 from mobilellm_pro.training.metrics import build_metrics
 from mobilellm_pro.training.validation import build_validator
 
+
 def register() -> None:
     """Makes both models known to torchtitan, with copies of the flavors: torchtitan writes into the one it trains."""
     for name, family in FAMILIES.items():
@@ -57,7 +58,7 @@ def build_optimizers(
     return OptimizersContainer(model_parts, partial(_with_groups, optimizers[optimizer_config.name]), settings)
 
 
-def _with_groups(optimizer_cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], **settings: Any) -> Any:
+def _with_groups(optimizer_cls: Any, parameters: list[nn.Parameter], **settings: Any) -> Any:
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
     return optimizer_cls([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **settings)

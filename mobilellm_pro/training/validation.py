@@ -1,8 +1,8 @@
 """Validation on held-out documents: cross entropy, KL and bits per byte.
 
 torchtitan's stock validator multiplies the loss by the context-parallel degree; this one adds up sums over tokens and
-bytes on every rank's part of the rows and divides once at the end, so every layout gives the same numbers. Bits per byte
-(total nats / ln 2 / UTF-8 bytes of the predicted tokens) compares models whatever their tokenizers.
+bytes on every rank's part of the rows and divides once at the end, so every layout gives the same numbers. Bits per
+byte (total nats / ln 2 / UTF-8 bytes of the predicted tokens) compares models whatever their tokenizers.
 """
 
 import math

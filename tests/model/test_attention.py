@@ -16,13 +16,18 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 9 + [3] * 7, [0] * 24])
 def test_mask_is_the_rule(span: Span, own_document: bool, reset: bool) -> None:
     positions = document_positions(DOCUMENTS) if reset else torch.arange(24).expand(2, 24)
     start, queries = 8, 11
-    mask = build_masks({"x": span}, positions, DOCUMENTS if own_document else None, query_start=start, num_queries=queries)
+    mask = build_masks(
+        {"x": span}, positions, DOCUMENTS if own_document else None, query_start=start, num_queries=queries
+    )
     for row in range(2):
         for query in range(start, start + queries):
             for key in range(24):
                 sees = key <= query
                 sees &= span.window is None or query - key < span.window
-                sees &= span.chunk is None or int(positions[row, query]) // span.chunk == int(positions[row, key]) // span.chunk
+                sees &= (
+                    span.chunk is None
+                    or int(positions[row, query]) // span.chunk == int(positions[row, key]) // span.chunk
+                )
                 sees &= not own_document or int(DOCUMENTS[row, query]) == int(DOCUMENTS[row, key])
                 assert bool(mask["x"][row, 0, query - start, key]) == sees, (row, query, key)
 

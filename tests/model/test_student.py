@@ -92,7 +92,10 @@ def test_local_layers_hold_no_more_than_their_window(student: Student) -> None:
 def test_a_packed_document_is_computed_as_if_alone(student: Student) -> None:
     """Under a block-causal mask and RoPE a document cannot tell where in the row it stands."""
     generator = torch.Generator().manual_seed(3)
-    first, second = torch.randint(0, 4096, (1, 11), generator=generator), torch.randint(0, 4096, (1, 13), generator=generator)
+    first, second = (
+        torch.randint(0, 4096, (1, 11), generator=generator),
+        torch.randint(0, 4096, (1, 13), generator=generator),
+    )
     tokens = torch.cat((first, second), dim=1)
     documents = torch.tensor([[0] * 11 + [1] * 13])
     with torch.no_grad():

@@ -111,7 +111,9 @@ def test_packed_rows_equal_stock_transformers_with_explicit_masks(stock: Llama4F
     names = {"full": "full_attention", "chunked": "chunked_attention"}
     theirs = stock(
         tokens(),
-        attention_mask={names[kind]: torch.where(mask, 0.0, torch.finfo(torch.float32).min) for kind, mask in masks.items()},
+        attention_mask={
+            names[kind]: torch.where(mask, 0.0, torch.finfo(torch.float32).min) for kind, mask in masks.items()
+        },
     ).logits
     ours = teacher(tokens(), positions, masks)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

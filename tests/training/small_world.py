@@ -86,7 +86,9 @@ def make_small_world(folder: Path) -> SmallWorld:
     """Writes corpora, teacher and job file."""
     make_corpora(folder, ("a", "b"), documents=400)
     torch.manual_seed(11)
-    args = replace(FLAVORS["debug"], num_hidden_layers=4, attention_chunk_size=24, floor_scale=16, initializer_range=0.1)
+    args = replace(
+        FLAVORS["debug"], num_hidden_layers=4, attention_chunk_size=24, floor_scale=16, initializer_range=0.1
+    )
     write_teacher(Teacher(args), folder / "teacher")
     job = folder / "job.toml"
     job.write_text(JOB.format(folder=folder, tokenizer=DEBUG_TOKENIZER))

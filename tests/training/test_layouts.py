@@ -1,9 +1,9 @@
 """The layout changes nothing: losses and gradient norms of three steps on every mesh equal those of one rank."""
 
 import pytest
-from tests.training.small_world import SmallWorld, losses
 
 from mobilellm_pro.training.run_folder import read_metrics
+from tests.training.small_world import SmallWorld, losses
 
 TP2 = ("--parallelism.tensor_parallel_degree", "2")
 CP2 = ("--parallelism.context_parallel_degree", "2")
@@ -37,10 +37,21 @@ def one_rank(world: SmallWorld) -> dict[str, list[float]]:
     return numbers(world, "one_rank", 1, 1, ())
 
 
-def numbers(world: SmallWorld, name: str, ranks: int, data_ranks: int, layout: tuple[str, ...]) -> dict[str, list[float]]:
+def numbers(
+    world: SmallWorld, name: str, ranks: int, data_ranks: int, layout: tuple[str, ...]
+) -> dict[str, list[float]]:
     folder = world.run(f"layouts/{name}", ranks, *overrides(data_ranks, layout))
     held_out = read_metrics(folder, "validation")[-1]
-    keys = ("loss", "grad_norm", "distill/kl", "distill/ce", "distill/teacher_ce", "n_tokens_seen", "tokens/a", "tokens/b")
+    keys = (
+        "loss",
+        "grad_norm",
+        "distill/kl",
+        "distill/ce",
+        "distill/teacher_ce",
+        "n_tokens_seen",
+        "tokens/a",
+        "tokens/b",
+    )
     table = {key: losses(folder, key) for key in keys}
     return table | {f"held out {key}": [held_out[key]] for key in held_out if isinstance(held_out[key], float)}
 

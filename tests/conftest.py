@@ -1,8 +1,9 @@
-"""One small world for all tests of training: two corpora, a tiny teacher in a Hugging Face folder, a job file."""
+"""One small world for all tests that train (two corpora, a tiny teacher, a job file), and the option `--write`."""
 
 from pathlib import Path
 
 import pytest
+
 from tests.training.small_world import SmallWorld, make_small_world
 
 
@@ -10,3 +11,7 @@ from tests.training.small_world import SmallWorld, make_small_world
 def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     folder: Path = tmp_path_factory.mktemp("world")
     return make_small_world(folder)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write", action="store_true", help="record golden losses anew instead of comparing with them")

@@ -1,0 +1,110 @@
+"""What is minimised, with what weights, and what of it is logged."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchtitan.config import Optimizer
+
+from mobilellm_pro.training.run_folder import read_metrics
+from mobilellm_pro.training.train_spec import build_optimizers
+from tests.training.small_world import SmallWorld, losses
+
+
+def test_objectives_are_one_loss_with_weights(world: SmallWorld) -> None:
+    """Before the first step all three objectives see the same logits, so their first losses are one linear family."""
+    first = {}
+    for name, extra in {
+        "kl": (),
+        "ce": ("--distill.objective", "ce"),
+        "weighted": ("--distill.objective", "weighted", "--distill.kl_weight", "0.25", "--distill.ce_weight", "0.5"),
+    }.items():
+        folder = world.run(f"objectives/{name}", 1, "--training.steps", "1", *extra)
+        first[name] = read_metrics(folder, "train")[0]
+    assert first["kl"]["loss"] == pytest.approx(first["kl"]["distill/kl"], rel=1e-6)
+    assert first["ce"]["loss"] == pytest.approx(first["kl"]["distill/ce"], rel=1e-6)
+    expected = 0.25 * first["kl"]["distill/kl"] + 0.5 * first["kl"]["distill/ce"]
+    assert first["weighted"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert "distill/kl" not in first["ce"] and "distill/teacher_ce" not in first["ce"]
+
+
+def test_kl_counts_no_teacher_entropy(world: SmallWorld) -> None:
+    """KL = cross entropy to the teacher's distribution minus the teacher's entropy, so it is far below both."""
+    record = read_metrics(world.run("objectives/entropy", 1, "--training.steps", "1"), "train")[0]
+    assert 0 < record["distill/kl"] < 1 < record["distill/teacher_entropy"] < math.log(4096)
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(world: SmallWorld) -> None:
+    """Even to a random one, which has little to teach beyond its favourite tokens."""
+    folder = world.run("objectives/learns", 1, "--training.steps", "40", "--optimizer.lr", "1e-2")
+    kl = losses(folder, "distill/kl")
+    assert kl[-1] < 0.95 * kl[0]
+
+
+def test_compute_saving_switches_change_no_number(world: SmallWorld) -> None:
+    plain = losses(world.run("objectives/plain", 1))
+    for name, extra in {
+        "full": ("--activation_checkpoint.mode", "full"),
+        "op": ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"),
+        "chunks": ("--distill.chunk_tokens", "7"),
+        "workers": ("--training.dataloader.num_workers", "2"),
+    }.items():
+        assert losses(world.run(f"objectives/{name}", 1, *extra)) == pytest.approx(plain, rel=1e-6), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_is_near_fp32(world: SmallWorld, ranks: int) -> None:
+    batch = ("--training.local_batch_size", str(4 // ranks))
+    plain = losses(world.run(f"objectives/fp32_{ranks}", ranks, *batch))
+    half = losses(world.run(f"objectives/bf16_{ranks}", ranks, *batch, "--training.mixed_precision_param", "bfloat16"))
+    assert half == pytest.approx(plain, rel=0.03) and half != plain
+
+
+def test_masks_and_positions_are_switches(world: SmallWorld) -> None:
+    """Each of the four keys changes what the models see."""
+    default = read_metrics(world.run("objectives/masks", 1, "--training.steps", "1"), "train")[0]
+    for key, value, moved in (
+        ("student_mask", "causal", "distill/ce"),
+        ("teacher_mask", "causal", "distill/teacher_ce"),
+        ("positions", "reset", "distill/teacher_ce"),
+        ("window", "4", "distill/ce"),
+    ):
+        folder = world.run(f"objectives/{key}", 1, "--training.steps", "1", f"--attention.{key}", value)
+        assert read_metrics(folder, "train")[0][moved] != default[moved], key
+
+
+def test_weight_decay_is_not_on_norms() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.RMSNorm(4), nn.Linear(4, 4, bias=False))
+    optimizer = build_optimizers([model], Optimizer(lr=0.1, weight_decay=0.5, implementation="for-loop"), None)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    embedding, norm, linear = model.parameters()
+    assert torch.equal(norm, before[1])
+    torch.testing.assert_close(embedding, before[0] * 0.95)
+    torch.testing.assert_close(linear, before[2] * 0.95)
+
+
+@pytest.mark.parametrize(("decay", "half_way"), [("cosine", 0.5), ("linear", 0.5)])
+def test_schedules_end_at_zero(world: SmallWorld, decay: str, half_way: float) -> None:
+    extra = ("--training.steps", "11", "--lr_scheduler.warmup_steps", "1", "--lr_scheduler.decay_type", decay)
+    rates = losses(world.run(f"objectives/{decay}", 1, *extra, "--distill.objective", "ce"), "lr")
+    assert rates[0] == pytest.approx(3e-3, rel=0.5) and max(rates) == pytest.approx(3e-3)
+    assert rates[-1] < 0.12 * 3e-3 and rates[6] == pytest.approx(half_way * 3e-3, rel=0.2)
+
+
+def test_tensorboard_has_the_numbers(world: SmallWorld) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    extra = ("--metrics.enable_tensorboard", "--validation.enable", "--validation.steps", "1", "--validation.freq", "3",
+             "--validation.seq_len", "64", "--validation.local_batch_size", "2")  # fmt: skip
+    folder = world.run("objectives/tensorboard", 1, *extra)
+    (events,) = (folder / "tb").iterdir()
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    assert {"loss_metrics/global_avg_loss", "distill/kl", "distill/teacher_entropy", "tokens/a", "tokens/b"} <= tags
+    assert {"validation_metrics/bits_per_byte", "validation_metrics/kl", "throughput(tps)"} <= tags
+    assert [event.step for event in accumulator.Scalars("distill/kl")] == [1, 2, 3]
