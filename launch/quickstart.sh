@@ -36,7 +36,7 @@ mobilellm-pro generate "$out/student_hugging_face" --prompt "$prompt" --max-new-
     | tee "$out/sample.txt"
 
 step "6/6 comparison"
-mobilellm-pro compare "$out/0_teacher" "$out/1_language" "$out/1_language_ce" --out "$out/comparison"
+mobilellm-pro compare "distilled=$out/1_language" "cross_entropy=$out/1_language_ce" --out "$out/comparison"
 cat <<END
 checkpoints          $out/{0_teacher,1_language,1_language_ce}/checkpoint
 TensorBoard          tensorboard --logdir $out

@@ -57,7 +57,9 @@ def prepare(datasets_toml: str | Path, *, overwrite: bool = False, workers: int 
     waiting = [dataset for dataset in config.datasets if not _finished(dataset, config.output, tokenizer, overwrite)]
     for dataset in waiting:  # before hours of work on the first one
         if not dataset.files():
-            raise FileNotFoundError(f"{datasets_toml}: dataset {dataset.name!r}: no file matches {list(dataset.source)}")
+            raise FileNotFoundError(
+                f"{datasets_toml}: dataset {dataset.name!r}: no file matches {list(dataset.source)}"
+            )
     for dataset in waiting:
         _prepare_dataset(dataset, config.output / dataset.name, tokenizer, workers)
 

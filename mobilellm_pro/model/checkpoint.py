@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import ModelProtocol
 
 from mobilellm_pro.config import load
-from mobilellm_pro.model.hugging_face import load_tensors, read_config, student_args, teacher_args
+from mobilellm_pro.model.hugging_face import load_tensors, read_config, read_into, student_args, teacher_args
 from mobilellm_pro.model.registry import model_on_meta
 from mobilellm_pro.model.student import Student
 from mobilellm_pro.model.teacher import Teacher
@@ -85,7 +84,7 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     if problems:
         raise ValueError("\n".join(problems))
     _allocate(model, dtype, device)
-    dcp.load(model.state_dict(), storage_reader=FileSystemReader(str(step)), no_dist=True)
+    read_into(model.state_dict(), FileSystemReader(str(step)))
     return LoadedModel(model.eval(), config.data.tokenizer, config.training.seq_len)
 
 

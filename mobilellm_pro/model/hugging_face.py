@@ -7,12 +7,14 @@ a folder is its config.json and its safetensors headers, which say all that can 
 
 import json
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from mobilellm_pro.model.rotary import FrequencyScaling
@@ -216,7 +218,14 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
         raise ValueError("\n".join(problems))
     prefix = text_prefix(set(tensor_shapes(folder)))
     state = {hugging_face_name(name, prefix): tensor for name, tensor in model.state_dict().items()}
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    read_into(state, HuggingFaceStorageReader(str(folder)))
+
+
+def read_into(state: dict[str, Tensor], reader: FileSystemReader) -> None:
+    """Fills tensors, sharded or whole, from a checkpoint; works with and without a process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 class PrefixAdapter(StateDictAdapter):

@@ -1,6 +1,6 @@
 """The `compare` verb: several runs as one table and one plot.
 
-    mobilellm-pro compare outputs/debug/ce outputs/debug/kd --out outputs/debug/comparison
+    mobilellm-pro compare distilled=outputs/debug/1_language labels=outputs/debug/1_language_ce
 
 Everything is read from the runs' metrics.jsonl; nothing is computed again.
 """
@@ -36,28 +36,27 @@ def compare(runs: list[str], *, out: str = "outputs/comparison") -> list[Row]:
     gets a row of its own, measured on the same held-out rows.
 
     Args:
-        runs: run folders; a folder's name is the run's.
+        runs: run folders, or name=folder; without a name the folder's own is taken.
         out: folder to write to.
 
     Raises:
         FileNotFoundError: a folder has no metrics.
         ValueError: a run was never validated.
     """
-    folders = [Path(run) for run in runs]
-    rows = [row for folder in folders for row in run_rows(folder)]
-    unique = list({row.name: row for row in rows}.values())
+    folders = {name or Path(folder).name: Path(folder) for name, _, folder in (run.rpartition("=") for run in runs)}
+    rows = [row for name, folder in folders.items() for row in run_rows(name, folder)]
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    table = markdown(unique)
+    table = markdown(rows)
     (target / "comparison.md").write_text(table)
-    (target / "comparison.json").write_text(json.dumps([asdict(row) for row in unique], indent=2))
+    (target / "comparison.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
     plot_training(folders, target / "training_loss.png")
     plot_held_out(folders, target / "held_out.png")
     print(table)
-    return unique
+    return rows
 
 
-def run_rows(folder: Path) -> list[Row]:
+def run_rows(name: str, folder: Path) -> list[Row]:
     """The run's own row and, if it distilled, its teacher's."""
     validations = read_metrics(folder, "validation")
     if not validations:
@@ -65,9 +64,9 @@ def run_rows(folder: Path) -> list[Row]:
     last = validations[-1]
     speeds = [record["tokens_per_second"] for record in read_metrics(folder, "train")]
     speed = statistics.median(speeds) if speeds else None
-    rows = [Row(folder.name, last["step"], last["bits_per_byte"], last["ce"], speed)]
+    rows = [Row(name, last["step"], last["bits_per_byte"], last["ce"], speed)]
     if "teacher_bits_per_byte" in last:
-        rows.insert(0, Row(f"teacher of {folder.name}", last["step"], last["teacher_bits_per_byte"], None, None))
+        rows.insert(0, Row(f"teacher of {name}", last["step"], last["teacher_bits_per_byte"], None, None))
     return rows
 
 
@@ -81,30 +80,28 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_training(folders: list[Path], path: Path) -> None:
+def plot_training(folders: dict[str, Path], path: Path) -> None:
     """Cross entropy of the labels during training, which every objective logs."""
     _plot(folders, "train", "distill/ce", "training cross entropy (nats/token)", path)
 
 
-def plot_held_out(folders: list[Path], path: Path) -> None:
+def plot_held_out(folders: dict[str, Path], path: Path) -> None:
     """Held-out bits per byte, with the teacher's as a line."""
     _plot(folders, "validation", "bits_per_byte", "held-out bits per byte", path, teacher="teacher_bits_per_byte")
 
 
-def _plot(folders: list[Path], kind: str, key: str, label: str, path: Path, teacher: str | None = None) -> None:
+def _plot(folders: dict[str, Path], kind: str, key: str, label: str, path: Path, teacher: str | None = None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for folder in folders:
+    for name, folder in folders.items():
         records = read_metrics(folder, kind)
-        axes.plot(
-            [r["step"] for r in records], [r[key] for r in records], label=folder.name, marker="." * (kind != "train")
-        )
+        axes.plot([r["step"] for r in records], [r[key] for r in records], label=name, marker="." * (kind != "train"))
         if teacher is not None and records and teacher in records[-1]:
-            axes.axhline(records[-1][teacher], color="gray", linestyle="--", label=f"teacher of {folder.name}")
+            axes.axhline(records[-1][teacher], color="gray", linestyle="--", label=f"teacher of {name}")
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -57,6 +57,10 @@ class DistillMetrics(MetricsProcessor):
         self._folder = Path(job_config.job.dump_folder)
         self._first_log = True
 
+    def should_log(self, step: int) -> bool:
+        """As configured, and always the first step of this process: it shows whether the teacher is the right one."""
+        return self._first_log or super().should_log(step)
+
     def log(
         self,
         step: int,

@@ -48,7 +48,9 @@ def test_stock_transformers_reads_model_and_tokenizer(student_run: Path, exporte
     assert ids == Tokenizer.load(str(DEBUG_TOKENIZER)).encode(text, bos=True)
     ours = load_model(student_run)
     with torch.no_grad():
-        torch.testing.assert_close(ours.model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours.model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=0
+        )
     assert theirs.config.sliding_window == 16 and theirs.config.max_position_embeddings == 64
 
 

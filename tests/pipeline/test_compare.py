@@ -13,7 +13,9 @@ from mobilellm_pro.training.run_folder import append_metrics, read_metrics
 def fake_run(folder: Path, bits: list[float], **more: float) -> Path:
     folder.mkdir()
     for step, value in enumerate(bits, start=1):
-        append_metrics(folder, {"kind": "train", "step": step, "distill/ce": value * 2, "tokens_per_second": 100 * step})
+        append_metrics(
+            folder, {"kind": "train", "step": step, "distill/ce": value * 2, "tokens_per_second": 100 * step}
+        )
         append_metrics(folder, {"kind": "validation", "step": step, "bits_per_byte": value, "ce": value * 2, **more})
     return folder
 
@@ -28,7 +30,10 @@ def test_table_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("labels", 2.25),
     ]
     table = capsys.readouterr().out
-    assert "| distilled | 3 | 1.5000 | 3.0000 | 200 |" in table and table.strip() in (tmp_path / "out/comparison.md").read_text()
+    assert (
+        "| distilled | 3 | 1.5000 | 3.0000 | 200 |" in table
+        and table.strip() in (tmp_path / "out/comparison.md").read_text()
+    )
     assert json.loads((tmp_path / "out/comparison.json").read_text())[1]["bits_per_byte"] == 1.5
     for name in ("training_loss.png", "held_out.png"):
         header = (tmp_path / "out" / name).read_bytes()[:24]

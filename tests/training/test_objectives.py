@@ -53,6 +53,14 @@ def test_compute_saving_switches_change_no_number(world: SmallWorld) -> None:
         assert losses(world.run(f"objectives/{name}", 1, *extra)) == pytest.approx(plain, rel=1e-6), name
 
 
+@pytest.mark.slow
+def test_compiled_layers_change_no_number(world: SmallWorld) -> None:
+    """Whole layers without a graph break: `fullgraph` makes one an error."""
+    plain = losses(world.run("objectives/eager", 1))
+    compiled = world.run("objectives/compiled", 1, "--compile.enable", "--compile.components", "model")
+    assert losses(compiled) == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bf16_is_near_fp32(world: SmallWorld, ranks: int) -> None:
     batch = ("--training.local_batch_size", str(4 // ranks))
@@ -93,6 +101,16 @@ def test_schedules_end_at_zero(world: SmallWorld, decay: str, half_way: float) -
     rates = losses(world.run(f"objectives/{decay}", 1, *extra, "--distill.objective", "ce"), "lr")
     assert rates[0] == pytest.approx(3e-3, rel=0.5) and max(rates) == pytest.approx(3e-3)
     assert rates[-1] < 0.12 * 3e-3 and rates[6] == pytest.approx(half_way * 3e-3, rel=0.2)
+
+
+def test_the_first_step_of_every_start_shows_the_teacher(world: SmallWorld, capfd: pytest.CaptureFixture[str]) -> None:
+    saving = ("--metrics.log_freq", "100", "--checkpoint.enable", "--checkpoint.no_last_save_model_only",
+              "--lr_scheduler.total_steps", "5")  # fmt: skip
+    for start, steps in enumerate(("3", "5")):
+        folder = world.run("objectives/first_step", 1, *saving, "--training.steps", steps)
+        assert [record["step"] for record in read_metrics(folder, "train")] == [1, 4][: start + 1]
+        output = capfd.readouterr()
+        assert (output.out + output.err).count("teacher perplexity on the first batch") == 1
 
 
 def test_tensorboard_has_the_numbers(world: SmallWorld) -> None:

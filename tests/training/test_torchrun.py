@@ -19,7 +19,9 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
-    return command(*launcher, "--rdzv_endpoint=localhost:0", "-m", "mobilellm_pro", "train", *words, OMP_NUM_THREADS="1")
+    return command(
+        *launcher, "--rdzv_endpoint=localhost:0", "-m", "mobilellm_pro", "train", *words, OMP_NUM_THREADS="1"
+    )
 
 
 @pytest.mark.slow
