@@ -4,8 +4,8 @@
 #
 #     bash launch/quickstart.sh
 #
-# Started again, it goes on where it stopped. OUT=folder writes elsewhere than outputs/debug; words given to the script
-# are overrides of all three training jobs (--debug.seed 2).
+# Started again, it goes on where it stopped. Words given to the script are overrides of all three training jobs; with
+# others than before, name another folder:   OUT=outputs/seed2 bash launch/quickstart.sh --debug.seed 2
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -22,7 +22,8 @@ mobilellm-pro prepare "$configs/datasets.toml"
 
 step "2/6 teacher: Llama 4 at toy size, cross entropy"
 train "$configs/0_teacher.toml" --job.dump_folder "$out/0_teacher" "$@"
-[[ -d "$out/teacher_hugging_face" ]] || mobilellm-pro convert "$out/0_teacher" "$out/teacher_hugging_face"
+[[ "$out/teacher_hugging_face" -nt "$out/0_teacher/DONE" ]] ||
+    mobilellm-pro convert "$out/0_teacher" "$out/teacher_hugging_face" --overwrite
 
 step "3/6 student, distilled: forward KL over the whole vocabulary"
 train "$configs/1_language.toml" --job.dump_folder "$out/1_language" --teacher.path "$out/teacher_hugging_face" "$@"

@@ -161,10 +161,10 @@ def _checkpoint(config: JobConfig) -> Iterator[Issue]:
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
         keys = ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_path")
         yield Issue(keys, "true, with nothing to load", "checkpoint.initial_load_path, the Hugging Face folder")
-    for whole, part in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
-        if getattr(checkpoint, whole) and not getattr(checkpoint, part):
-            keys = (f"checkpoint.{whole}", f"checkpoint.{part}")
-            yield Issue(keys, f"true with {part} = false", f"{part} = true: Hugging Face folders hold weights only")
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        keys = ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only")
+        found = "true with initial_load_model_only = false"
+        yield Issue(keys, found, "initial_load_model_only = true: Hugging Face folders hold weights only")
 
 
 def _compile(config: JobConfig) -> Iterator[Issue]:
@@ -172,6 +172,13 @@ def _compile(config: JobConfig) -> Iterator[Issue]:
     if compile_.enable and compile_.components != ["model"]:
         found = f"{compile_.components}".replace("'", '"')
         yield Issue(("compile.components", "compile.enable"), found, '["model"]: the loss has a backward of its own')
+    if compile_.enable and config.parallelism.tensor_parallel_degree > 1:
+        found = f"true with tensor_parallel_degree = {config.parallelism.tensor_parallel_degree}"
+        keys = ("compile.enable", "parallelism.tensor_parallel_degree")
+        yield Issue(keys, found, "one of the two: torch cannot differentiate the compiled redistribution of a DTensor")
+    if compile_.enable and config.model.name == "llama4_text":
+        found = "true for a teacher, whose routing to experts has data-dependent shapes"
+        yield Issue(("compile.enable", "model.name"), found, "false")
     if ac.mode == "memory_budget" and not compile_.enable:
         keys = ("activation_checkpoint.mode", "compile.enable")
         yield Issue(keys, '"memory_budget" without compilation', 'compile.enable = true, or "selective" or "full"')
@@ -200,11 +207,6 @@ def _loader(config: JobConfig) -> Iterator[Issue]:
             if getattr(loader, name) and loader.num_workers == 0:
                 keys = (f"{key}.{name}", f"{key}.num_workers")
                 yield Issue(keys, f"{getattr(loader, name)} without workers", f"{key}.num_workers above 0")
-
-
-def _communication(config: JobConfig) -> Iterator[Issue]:
-    if config.comm.mode == "local_tensor":
-        yield Issue(("comm.mode",), '"local_tensor"', '"default", or "fake_backend" for a dry run')
 
 
 def _converters(config: JobConfig) -> Iterator[Issue]:
@@ -272,6 +274,5 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     _compile,
     _validation,
     _loader,
-    _communication,
     _converters,
 )

@@ -47,10 +47,12 @@ NO_EFFECT: dict[str, str] = {
     "parallelism.context_parallel_load_balancer": _CONTEXT,
     "parallelism.context_parallel_rotate_method": _CONTEXT,
     "checkpoint.enable_ft_dataloader_checkpoints": _FAULT_TOLERANCE,
+    "checkpoint.last_save_in_hf": "nothing: `mobilellm-pro convert` writes a complete Hugging Face folder",
     "checkpoint.initial_load_in_hf_quantized": "an unquantized checkpoint",
     "fault_tolerance": _FAULT_TOLERANCE,
     "quantize": _LOW_PRECISION,
-    "memory_estimation": 'nothing: `validate`, or a run with comm.mode = "fake_backend", checks a job',
+    "memory_estimation": "nothing: `mobilellm-pro validate` checks a job",
+    "comm.mode": "default; `mobilellm-pro validate --world-size N` checks a job for N processes",
     "debug.moe_force_load_balance": "nothing: the teacher routes as it was trained",
 }
 

@@ -40,8 +40,7 @@ def convert(
         overwrite: replace a destination that is there already.
 
     Raises:
-        ValueError: the source's tensors do not fit its architecture.
-        FileExistsError: the destination exists.
+        ValueError: the source's tensors do not fit its architecture, or the destination exists.
     """
     target = Path(destination)
     if target.exists() and not overwrite:

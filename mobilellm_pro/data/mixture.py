@@ -30,6 +30,7 @@ class Mixture:
         streams: one per corpus, all with one seq_len.
         names: of the corpora.
         weights: share of tokens (and of rows, which are equally long) of each corpus, summing to 1.
+        identity: what the rows depend on, in words: mixtures with equal identities have equal rows.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class Mixture:
         self.weights = check_weights(self.names, weights, renormalize=renormalize)
         if len({stream.seq_len for stream in streams}) != 1:
             raise ValueError(f"corpora of one mixture need one seq_len, found {[s.seq_len for s in streams]}")
+        shares = ", ".join(
+            f"{stream.corpus.name}:{stream.corpus.num_tokens}x{weight:.6g}"
+            for stream, weight in zip(self.streams, self.weights, strict=True)
+        )
+        self.identity = f"seed {seed}, seq_len {self.seq_len}, corpora (tokens x weight) {shares}"
         self._counts = _whole_counts(self.names, self.weights, period)
         self._schedule, self._ranks = _schedule(self._counts, hash_key(seed, "mixture") % period / period)
 

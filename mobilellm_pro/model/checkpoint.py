@@ -36,8 +36,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def checkpoint_problems(model: nn.Module, folder: Path) -> list[str]:
-    """What keeps a DCP checkpoint from filling the model: missing and wrongly shaped tensors."""
+def checkpoint_problems(model: nn.Module, folder: Path, *, resume: bool = False) -> list[str]:
+    """What keeps a DCP checkpoint from filling the model: missing and wrongly shaped tensors.
+
+    With `resume`, also what keeps a run from going on from it: a model without its optimizer.
+    """
     if not (folder / ".metadata").is_file():
         return [f"{folder}: no complete DCP checkpoint (.metadata is missing); expected a folder step-N of a run"]
     try:
@@ -53,6 +56,12 @@ def checkpoint_problems(model: nn.Module, folder: Path) -> list[str]:
             found.append(f"{folder}: parameter {name} has shape {list(size)}, expected {list(parameter.shape)}")
     if found:
         found.append(f"{folder}: this is a checkpoint of another model or flavor; use its own flavor or another folder")
+    elif resume and not any(name.startswith("optimizer.") for name in stored):
+        found.append(
+            f"{folder}: holds the model only, so the run cannot go on from it "
+            "(checkpoint.last_save_model_only was true): start another job.dump_folder with "
+            "checkpoint.initial_load_path, or remove this step"
+        )
     return found
 
 
@@ -71,14 +80,16 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     source = Path(source)
     if (source / "config.json").is_file():
         return _load_hugging_face(source, dtype, device)
-    step = source if (source / ".metadata").is_file() else latest_checkpoint(source / "checkpoint")
-    run = None if step is None else next((p for p in step.parents if (p / "config.toml").is_file()), None)
-    if step is None or run is None:
+    run = next((folder for folder in (source, *source.parents) if (folder / "config.toml").is_file()), None)
+    config = None if run is None else load(run / "config.toml")
+    step: Path | None = source
+    if config is not None and run == source:
+        step = latest_checkpoint(run / config.checkpoint.folder)
+    if config is None or step is None or not (step / ".metadata").is_file():
         raise FileNotFoundError(
             f"{source}: expected a Hugging Face folder (config.json), a run folder (config.toml and a complete "
             "checkpoint/step-N) or a step-N folder inside one"
         )
-    config = load(run / "config.toml")
     model = model_on_meta(config)
     problems = checkpoint_problems(model, step)
     if problems:

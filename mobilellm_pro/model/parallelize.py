@@ -5,6 +5,7 @@ teacher that only runs forward, over a mesh of its own and outside the optimizer
 activation checkpointing, compile, FSDP2.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh | None, context_mesh: Device
         _set_context_group(model, context_mesh)
     if mesh is None:
         return
+    placement = _expert_placement(mesh)
     for unit in (model.get_submodule("embed_tokens"), *_layers(model).values()):
-        fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(unit, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=placement)
     _sum_on_gloo(model)
 
 
@@ -129,11 +131,15 @@ def _apply_fsdp(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, own_units: tuple[str, ...]
 ) -> None:
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    mesh = parallel_dims.get_mesh(names)
     settings: dict[str, Any] = {
-        "mesh": parallel_dims.get_mesh(names),
+        "mesh": mesh,
+        "shard_placement_fn": _expert_placement(mesh),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+            # Hidden states have the parameters' type already; the teacher's fp32 angles must keep their own.
+            cast_forward_inputs=False,
         ),
     }
     if job_config.training.enable_cpu_offload:
@@ -147,6 +153,20 @@ def _apply_fsdp(
             # The trainer divides by the global number of valid tokens itself.
             module.set_gradient_divide_factor(1.0)
     _sum_on_gloo(model)
+
+
+def _expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """Splits stacked experts [E, in, out] along `in` where there are more ranks than experts.
+
+    FSDP2 splits dim 0 and pads it to one slice a rank: 16 experts on 64 ranks would gather four times their bytes.
+    """
+    num_shards = mesh.size(-1)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        stacked = parameter.ndim == 3 and parameter.shape[0] < num_shards and parameter.shape[1] % num_shards == 0
+        return Shard(1) if stacked else None
+
+    return placement
 
 
 def _sum_on_gloo(model: nn.Module) -> None:

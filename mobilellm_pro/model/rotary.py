@@ -59,7 +59,7 @@ def rotate_halves(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates (x_i, x_{i + W/2}); [B, H, S, W] -> [B, H, S, W]."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
 def pair_tables(rotation: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,8 +148,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Tokens sorted by expert [T, D], with the end of each expert's tokens [E] int32 -> [T, D]."""
-        gate, up = F.grouped_mm(x, self.gate_up_proj, offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=ends)
+        gate, up = _grouped_product(x, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return _grouped_product(F.silu(gate) * up, self.down_proj, ends)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x[ends[e-1]:ends[e]] @ weight[e] for every expert e, [T, in] and [E, in, out] -> [T, out]."""
+    if x.dtype == torch.bfloat16 or x.device.type == "cpu":
+        return F.grouped_mm(x, weight, offs=ends)
+    # On an accelerator the grouped kernel knows bf16 only.
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ matrix for part, matrix in zip(x.split(sizes), weight, strict=True)])
 
 
 class MoE(nn.Module):

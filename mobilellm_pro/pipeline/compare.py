@@ -44,6 +44,8 @@ def compare(runs: list[str], *, out: str = "outputs/comparison") -> list[Row]:
         ValueError: a run was never validated.
     """
     folders = {name or Path(folder).name: Path(folder) for name, _, folder in (run.rpartition("=") for run in runs)}
+    if len(folders) < len(runs):
+        raise ValueError(f"two of {', '.join(runs)} have one name; give names as name=folder")
     rows = [row for name, folder in folders.items() for row in run_rows(name, folder)]
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)

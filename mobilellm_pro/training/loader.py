@@ -82,6 +82,7 @@ class MixtureLoader(BaseDataLoader):
     ):
         self.mixture = mixture
         self._names = names
+        self._identity = mixture.identity
         self.next_sequence = 0
         self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
         if not worker_settings.get("num_workers"):
@@ -105,12 +106,21 @@ class MixtureLoader(BaseDataLoader):
         counts = self.mixture.counts(self.next_sequence)
         return {name: int(count) * self.mixture.seq_len for name, count in zip(self._names, counts, strict=True)}
 
-    def state_dict(self) -> dict[str, int]:
-        """Index of the first sequence that no step has consumed."""
-        return {"next_sequence": self.next_sequence}
+    def state_dict(self) -> dict[str, Any]:
+        """Index of the first sequence that no step has consumed, and of what mixture."""
+        return {"next_sequence": self.next_sequence, "mixture": self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes `state_dict()` of any layout."""
+        """Takes `state_dict()` of any layout.
+
+        Raises:
+            ValueError: of another mixture, in which the same number means other rows.
+        """
+        if state_dict["mixture"] != self._identity:
+            raise ValueError(
+                f"the checkpoint's data were {state_dict['mixture']}, the configuration's are {self._identity}: "
+                "restore them, or start a new job.dump_folder with checkpoint.initial_load_path"
+            )
         self.next_sequence = state_dict["next_sequence"]
 
 

@@ -71,8 +71,9 @@ class DistillMetrics(MetricsProcessor):
     ) -> None:
         """Called by torchtitan's loop on every rank at a step that is logged."""
         extra = dict(extra_metrics or {})
-        # Every rank of a context-parallel group counted the whole row.
+        # Every rank of a context-parallel group counted the tokens of the whole row, and its loss is that of its part.
         extra["n_tokens_seen"] = extra["n_tokens_seen"] / self.parallel_dims.cp
+        global_max_loss *= self.parallel_dims.cp
         mesh = self.parallel_dims.get_optional_mesh("loss")
         terms = self.terms.reduce(None if mesh is None else mesh.get_group())
         if not self.has_teacher:
@@ -90,8 +91,9 @@ class DistillMetrics(MetricsProcessor):
             record = {"loss": global_avg_loss, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
             append_metrics(self._folder, {"kind": "train", "step": step, **record, **extra})
 
-    def log_held_out(self, step: int, metrics: dict[str, float]) -> None:
-        """Validation numbers of all ranks (already reduced)."""
+    def log_held_out(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Validation numbers of all ranks (already reduced); their time does not count as training's."""
+        self.time_last_log += seconds
         self.logger.log({f"validation_metrics/{name}": value for name, value in metrics.items()}, step)
         logger.info(f"validate step: {step:2}  " + "  ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
         if dist.get_rank() == 0:

@@ -122,7 +122,7 @@ def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:
         return
     own = latest_checkpoint(Path(config.job.dump_folder) / config.checkpoint.folder)
     if own is not None:
-        yield from checkpoint_problems(model_on_meta(config), own)
+        yield from checkpoint_problems(model_on_meta(config), own, resume=True)
         return
     initial = config.checkpoint.initial_load_path
     if not initial:

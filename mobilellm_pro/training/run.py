@@ -7,8 +7,10 @@ Without torchrun the same command trains in one process. Started again, it goes 
 
 import json
 import os
+import shutil
 import socket
 import time
+import tomllib
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,18 +35,19 @@ def train(config: JobConfig, config_path: str) -> None:
         JobError: listing everything that is wrong with the configuration, the data or the teacher.
     """
     _default_environment()
-    world_size = int(os.environ["NGPU"] if config.comm.mode == "fake_backend" else os.environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"])
     found = problems(config, world_size)
     if found:
         raise JobError(config_path, found)
     folder = Path(config.job.dump_folder)
     init_logger()
-    if _finished(folder, config.training.steps):
-        logger.info(f"{folder} is DONE at step {config.training.steps}; remove {folder / 'DONE'} to run it again")
+    if _finished(folder, config):
+        logger.info(f"{folder} is DONE at step {config.training.steps}; raise training.steps to go on with it")
         return
     if os.environ["RANK"] == "0":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "DONE").unlink(missing_ok=True)
+        _remove_torn_checkpoints(folder / config.checkpoint.folder)
         write_atomically(folder / "config.toml", resolved_toml(config))
         write_atomically(folder / "environment.json", json.dumps(describe_environment(world_size), indent=2))
     register()
@@ -70,9 +73,41 @@ def _default_environment() -> None:
     os.environ.update(defaults)
 
 
-def _finished(folder: Path, steps: int) -> bool:
+def _finished(folder: Path, config: JobConfig) -> bool:
+    """Whether this very job has been run: same configuration, as many steps.
+
+    Raises:
+        JobError: the folder holds a finished run of another configuration; the keys that differ are named.
+    """
     done = folder / "DONE"
-    return done.is_file() and json.loads(done.read_text())["steps"] >= steps
+    if not done.is_file() or json.loads(done.read_text())["steps"] < config.training.steps:
+        return False
+    before, now = (tomllib.loads(text) for text in ((folder / "config.toml").read_text(), resolved_toml(config)))
+    changed = [
+        f"{section}.{key}"
+        for section in sorted(before.keys() | now.keys())
+        for key in sorted(before.get(section, {}).keys() | now.get(section, {}).keys())
+        if before.get(section, {}).get(key) != now.get(section, {}).get(key)
+        and (section, key) not in {("training", "steps"), ("job", "description")}
+    ]
+    if changed:
+        cure = "choose another job.dump_folder, or remove this one to run the job again"
+        raise JobError(str(folder), [f"a run with other values of {', '.join(changed)} is DONE here; {cure}"])
+    return True
+
+
+def _remove_torn_checkpoints(folder: Path) -> None:
+    """Removes what a kill left of an unfinished checkpoint, and the folder itself if nothing complete is in it.
+
+    torchtitan loads `checkpoint.initial_load_path` only where the folder does not exist: a torn first checkpoint would
+    make the restarted run begin, without a word, from random weights.
+    """
+    for step in folder.glob("step-*"):
+        if not (step / ".metadata").is_file():
+            logger.warning(f"removing {step}, which is incomplete")
+            shutil.rmtree(step)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write_done(folder: Path, config: JobConfig, seconds: float) -> None:

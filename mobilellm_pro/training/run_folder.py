@@ -68,8 +68,13 @@ def commit() -> str | None:
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """Adds one line to metrics.jsonl."""
-    with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    path = folder / "metrics.jsonl"
+    with path.open("ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":  # a kill cut the last line short
+                stream.write(b"\n")
+        stream.write(json.dumps(record).encode() + b"\n")
 
 
 def read_metrics(folder: str | Path, kind: str) -> list[dict[str, Any]]:

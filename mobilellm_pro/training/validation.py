@@ -6,6 +6,7 @@ byte (total nats / ln 2 / UTF-8 bytes of the predicted tokens) compares models w
 """
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,7 @@ class HeldOutValidator(BaseValidator):
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Logs nats a token and bits per byte over the whole held-out set of the run; always the same rows."""
+        start = time.perf_counter()
         for model in model_parts:
             model.eval()
         sums = torch.zeros(len(TERMS) + 2, dtype=torch.float64, device=device_type)
@@ -75,7 +77,8 @@ class HeldOutValidator(BaseValidator):
         mesh = self.parallel_dims.get_optional_mesh("loss")
         if mesh is not None:
             dist.all_reduce(sums, group=mesh.get_group())
-        self.metrics_processor.log_held_out(step, self._summary(sums.tolist()))
+        summary = self._summary(sums.tolist())
+        self.metrics_processor.log_held_out(step, summary, time.perf_counter() - start)
 
     def _batch_sums(self, input_dict: dict[str, Tensor], labels: Tensor) -> Tensor:
         terms, local_labels = self.evaluate(input_dict, labels)

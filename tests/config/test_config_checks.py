@@ -76,13 +76,18 @@ CASES = [
     ({"checkpoint__load_step": -2}, "checkpoint.load_step"),
     ({"checkpoint__initial_load_path": "x"}, "checkpoint.initial_load_path"),
     ({"checkpoint__enable": True, "checkpoint__initial_load_in_hf": True}, "checkpoint.initial_load_in_hf"),
-    ({"checkpoint__last_save_in_hf": True, "checkpoint__last_save_model_only": False}, "checkpoint.last_save_in_hf"),
+    ({"checkpoint__last_save_in_hf": True}, "checkpoint.last_save_in_hf"),
     ({"compile__enable": True}, "compile.components"),
     ({"activation_checkpoint__mode": "memory_budget"}, "activation_checkpoint.mode"),
     ({"activation_checkpoint__selective_ac_option": "some"}, "activation_checkpoint.selective_ac_option"),
     ({"validation__enable": True}, "validation.steps"),
     ({"training__dataloader__prefetch_factor": 2}, "training.dataloader.prefetch_factor"),
-    ({"comm__mode": "local_tensor"}, "comm.mode"),
+    ({"comm__mode": "fake_backend"}, "comm.mode"),
+    ({"compile__enable": True, "compile__components": ["model"], "model__name": "llama4_text"}, "compile.enable"),
+    (
+        {"compile__enable": True, "compile__components": ["model"], "parallelism__tensor_parallel_degree": 2},
+        "compile.enable",
+    ),
     ({"model__converters": ["quantize.linear.float8"]}, "model.converters"),
     ({"training__dataset": "c4"}, "training.dataset"),
     ({"fault_tolerance__enable": True}, "fault_tolerance.enable"),
@@ -106,7 +111,6 @@ def test_one_disagreement(values: dict, key: str):
         {"compile__enable": True, "compile__components": ["model"], "activation_checkpoint__mode": "memory_budget"},
         {"parallelism__data_parallel_replicate_degree": 2},
         {"lr_scheduler__decay_ratio": 0.5},
-        {"comm__mode": "fake_backend"},
     ],
 )
 def test_what_is_allowed(values: dict):

@@ -36,3 +36,12 @@ def test_debug_has_the_same_keys(path: Path):
     if twin not in FILES:
         pytest.skip(f"no {twin.relative_to(FOLDER)} yet")
     assert keys_of(FILES[path]) == keys_of(FILES[twin])
+
+
+@pytest.mark.parametrize("folder", ["debug", "mobilellm_pro_1b"])
+def test_what_prepare_writes_is_what_training_reads(folder: str):
+    datasets = FILES[FOLDER / folder / "datasets.toml"]
+    written = {table["name"]: f"{datasets['output']}/{table['name']}" for table in datasets["dataset"]}
+    common = FILES[FOLDER / folder / "common.toml"]["data"]
+    assert {table["name"]: table["path"] for table in common["datasets"]} == written
+    assert common["tokenizer"] == datasets["tokenizer"]

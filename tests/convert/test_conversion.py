@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.small_world import SmallWorld
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilellm_pro.convert.conversion import convert, write_safetensors
@@ -13,6 +12,7 @@ from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.generate import generate
 from mobilellm_pro.model.checkpoint import load_model
 from tests.data.synthetic import DEBUG_TOKENIZER
+from tests.training.small_world import SmallWorld
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval", "10", "--checkpoint.no_last_save_model_only")
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.training.small_world import SmallWorld, losses
 
 JOBS = {

@@ -13,6 +13,7 @@ from mobilellm_pro.model.attention import build_masks
 from mobilellm_pro.model.hugging_face import load_tensors, read_config, teacher_args, teacher_config, tensor_problems
 from mobilellm_pro.model.rotary import FrequencyScaling, angles
 from mobilellm_pro.model.teacher import FLAVORS, Teacher, TeacherArgs
+from tests.ranks import run_ranks
 
 CHUNK = 16
 LENGTH = 3 * CHUNK + 5
@@ -200,3 +201,26 @@ def test_training_reaches_every_expert_that_was_chosen() -> None:
     router = teacher.layers["0"].feed_forward.router
     assert (experts.down_proj.grad.flatten(1) != 0).any(dim=1).sum() >= 2
     assert router.weight.grad.abs().sum() > 0
+
+
+def gathered_elements(num_ranks: int) -> dict[str, int]:
+    """Elements that a rank holds of one layer's gathered FSDP unit, on a pretended mesh, and of the layer itself."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from mobilellm_pro.model.parallelize import shard_frozen
+
+    dist.init_process_group("fake", rank=0, world_size=num_ranks)
+    with torch.device("meta"):
+        teacher = Teacher(replace(ARGS, num_hidden_layers=1))
+    whole = sum(p.numel() for p in teacher.layers["0"].parameters())
+    shard_frozen(teacher, init_device_mesh("cpu", (num_ranks,)), None)
+    shards = sum(p.to_local().numel() for p in teacher.layers["0"].parameters())
+    return {"whole": whole, "gathered": shards * num_ranks}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 16, 32])
+def test_more_ranks_than_experts_gather_no_padding(num_ranks: int) -> None:
+    """FSDP2 would pad 4 experts to one slice a rank: eight times their bytes on 32 ranks."""
+    (counts,) = run_ranks(gathered_elements, 1, num_ranks)
+    assert counts["whole"] <= counts["gathered"] < 1.2 * counts["whole"]

@@ -45,7 +45,8 @@ def test_a_step_that_was_run_twice_counts_once_and_a_torn_line_not_at_all(tmp_pa
     append_metrics(folder, {"kind": "train", "step": 2, "distill/ce": 9.0})
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "st')
-    assert [record["distill/ce"] for record in read_metrics(folder, "train")] == [6.0, 9.0]
+    append_metrics(folder, {"kind": "train", "step": 3, "distill/ce": 8.0})
+    assert [record["distill/ce"] for record in read_metrics(folder, "train")] == [6.0, 9.0, 8.0]
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert (folder / "DONE").is_file()
 
 
-def wait_for_step(folder: Path, step: int, process: object) -> None:
+def wait_for_step(folder: Path, step: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").is_file() and len(read_metrics(folder, "train")) >= step:
@@ -48,7 +48,7 @@ def wait_for_step(folder: Path, step: int, process: object) -> None:
 def test_stopped_by_a_signal(world: SmallWorld, undisturbed: Path, number: signal.Signals) -> None:
     folder = world.folder / f"resume/{number.name}"
     ranks = Ranks(train_job, 1, str(world.job), str(folder), list(CHECKPOINTS))
-    wait_for_step(folder, 3, ranks)
+    wait_for_step(folder, 3)
     os.kill(ranks.processes[0].pid, number)
     ranks.processes[0].join(timeout=30)
     ranks.stop()
@@ -89,6 +89,24 @@ def test_killed_while_a_checkpoint_is_written(world: SmallWorld, undisturbed: Pa
     assert_same_run(folder, undisturbed)
 
 
+def test_a_torn_first_checkpoint_does_not_hide_the_initial_weights(world: SmallWorld, undisturbed: Path) -> None:
+    """torchtitan looks at the initial path only where no checkpoint folder is."""
+    initial = ("--checkpoint.initial_load_path", str(undisturbed / "checkpoint/step-8"))
+    expected = losses(world.run("resume/initial", 1, *CHECKPOINTS, *initial))
+    folder = world.folder / "resume/initial_torn"
+    ranks = Ranks(die_while_writing, 1, str(world.job), str(folder), [*CHECKPOINTS, *initial], 1)
+    ranks.processes[0].join(timeout=90)
+    ranks.stop()
+    assert (folder / "checkpoint/step-2").is_dir()
+    assert losses(world.run("resume/initial_torn", 1, *CHECKPOINTS, *initial)) == expected
+    assert expected[0] < losses(undisturbed)[0]
+
+
+def test_asynchronous_checkpoints_are_the_same(world: SmallWorld, undisturbed: Path) -> None:
+    folder = world.run("resume/async", 1, *CHECKPOINTS, "--checkpoint.async_mode", "async")
+    assert_same_run(folder, undisturbed)
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -114,8 +132,25 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(world: SmallWorld) -> 
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     world.run("resume/extended", 1, *schedule, "--training.steps", "4")
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(AssertionError, match=r"other values of optimizer\.lr is DONE here; choose another"):
+        world.run("resume/extended", 1, *schedule, "--training.steps", "4", "--optimizer.lr", "1e-5")
     world.run("resume/extended", 1, *schedule, "--training.steps", "6")
     assert [record["step"] for record in read_metrics(folder, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_cannot_be_resumed(world: SmallWorld) -> None:
+    """The state is one number; in another mixture it would mean other rows."""
+    schedule = (*CHECKPOINTS[2:], "--lr_scheduler.total_steps", str(STEPS))
+    world.run("resume/data", 1, *schedule, "--training.steps", "2")
+    with pytest.raises(AssertionError, match="the checkpoint's data were seed 3"):
+        world.run("resume/data", 1, *schedule, "--training.steps", "4", "--data.seed", "4")
+
+
+def test_a_run_saved_as_model_only_cannot_go_on(world: SmallWorld) -> None:
+    saving = ("--checkpoint.enable", "--lr_scheduler.total_steps", str(STEPS))
+    world.run("resume/model_only", 1, *saving, "--training.steps", "2")
+    with pytest.raises(AssertionError, match="holds the model only, so the run cannot go on from it"):
+        world.run("resume/model_only", 1, *saving, "--training.steps", "4")
 
 
 def test_teacher_is_in_no_checkpoint(undisturbed: Path) -> None:

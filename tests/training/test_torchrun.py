@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.training.small_world import SmallWorld, losses
 
 ROOT = Path(__file__).parents[2]
