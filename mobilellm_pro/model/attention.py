@@ -128,6 +128,11 @@ class Attend(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
+# The newer names; torch 2.11 has the older ones only.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 def gather_sequence(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[..., S, W] on every rank -> [..., S · ranks, W]; the backward pass sums the gradients and scatters them."""
     return _GatherSequence.apply(local, group)
@@ -139,12 +144,12 @@ class _GatherSequence(torch.autograd.Function):
         ctx.group = group
         num_ranks = dist.get_world_size(group)
         gathered = local.new_empty(num_ranks * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        _all_gather(gathered, local.contiguous(), group=group)
         return gathered.unflatten(0, (num_ranks, -1)).movedim(0, -3).flatten(-3, -2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         parts = grad.unflatten(-2, (dist.get_world_size(ctx.group), -1)).movedim(-3, 0)
         local = parts.new_empty(parts.shape[1:])
-        dist.reduce_scatter_tensor(local, parts.flatten(0, 1).contiguous(), group=ctx.group)
+        _reduce_scatter(local, parts.flatten(0, 1).contiguous(), group=ctx.group)
         return local, None
