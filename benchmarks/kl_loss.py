@@ -107,6 +107,7 @@ def trl() -> Callable[..., Tensor]:
     return run
 
 
+# The first three are ours; plain is torch with full logits; the others are named by their package.
 CANDIDATES: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "chunked": lambda: ours(impl="chunked"),
     "chunked fp32 logits": lambda: ours(impl="chunked", fp32_logits=True),
@@ -115,15 +116,6 @@ CANDIDATES: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "liger": liger,
     "torchtune": torchtune,
     "trl": trl,
-}
-NAMES = {
-    "chunked": "**ours, chunked**",
-    "chunked fp32 logits": "**ours, chunked, fp32 logits**",
-    "triton": "**ours, triton**",
-    "plain": "plain torch, full logits",
-    "liger": "liger-kernel chunked JSD, beta 0, compiled",
-    "torchtune": "torchtune chunked forward KL",
-    "trl": "TRL chunked divergence, beta 0",
 }
 
 
@@ -195,7 +187,7 @@ def measure(name: str, tokens: int, vocabulary: int, widths: list[int], dtype: s
     own_chunk = chunk_size(dataclasses.replace(problem, fp32_logits=name == "chunked fp32 logits"), tokens)
     sums = inputs[1].numel() * 2 if name.startswith("chunked") and dtype == "bf16" and tokens > own_chunk else 0
     ratio, core_ratio = (seconds / floor).tolist()
-    sizes = {"extra": extra / 2**20, "fp32": sums / 2**20, "chunk": chunk_tokens}
+    sizes = {"chunk": chunk_tokens, "extra": extra / 2**20, "fp32": sums / 2**20}
     return {"seconds": seconds[0].item(), "ratio": ratio, "core_ratio": core_ratio, **sizes}
 
 
@@ -245,7 +237,7 @@ def table(options: argparse.Namespace, tokens: int, dtype: str) -> list[str]:
             else:
                 results[name].append(result)
     rows = [error_row(n, r[0]) if options.errors else time_row(n, r) for n, r in results.items() if r]
-    rows += [f"| {NAMES[n]} | no result: {why} |" for n, why in failures.items()]
+    rows += [f"| {n} | no result: {why} |" for n, why in failures.items()]
     head = "hidden, random | head, random | hidden, near | head, near" if options.errors else TIME_COLUMNS
     chunk = next((f", chunks of {r[0]['chunk']:.0f}" for r in results.values() if r and "chunk" in r[0]), "")
     return [f"\n{dtype}, T = {tokens}{chunk}\n", f"| | {head} |", "|---" * (head.count("|") + 2) + "|", *rows]
@@ -262,24 +254,24 @@ def time_row(name: str, results: list[dict[str, float]]) -> str:
         spreads.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})")
     seconds, extra = statistics.median(r["seconds"] for r in results), max(r["extra"] for r in results)
     fp32 = results[0]["fp32"]
-    return f"| {NAMES[name]} | {' | '.join(spreads)} | {seconds:.1f} | {extra - fp32:.0f} | {fp32:.0f} |"
+    return f"| {name} | {' | '.join(spreads)} | {seconds:.1f} | {extra - fp32:.0f} | {fp32:.0f} |"
 
 
 def error_row(name: str, result: dict[str, float]) -> str:
     """One candidate's gradient errors."""
     cells = " | ".join(f"{result[f'{what}_{how}']:.1e}" for how in ("random", "near") for what in ("hidden", "head"))
-    return f"| {NAMES[name]} | {cells} |"
+    return f"| {name} | {cells} |"
 
 
 def machine(threads: int) -> list[str]:
     """What a reader needs to know to repeat the run."""
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    names = ("torch", "liger-kernel", "torchtune", "torchao", "trl", "triton")
-    present = [d for d in names if d in {x.metadata["Name"] for x in metadata.distributions()}]
+    versions = {x.metadata["Name"].replace("_", "-"): x.version for x in metadata.distributions()}
+    names = [x for x in ("torch", "liger-kernel", "torchtune", "torchao", "trl", "triton") if x in versions]
     return [
         f"Command: `python benchmarks/kl_loss.py {' '.join(sys.argv[1:])}`",
         f"Machine: {cpu}, {threads} threads, {platform.platform()}, Python {platform.python_version()}",
-        "Versions: " + ", ".join(f"{d} {metadata.version(d)}" for d in present),
+        "Versions: " + ", ".join(f"{x} {versions[x]}" for x in names),
     ]
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
@@ -23,7 +24,7 @@ from torchtitan.train import Trainer
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.config.job_config import Teacher as TeacherConfig
-from mobilellm_pro.losses import DistillationLoss, linear_distillation
+from mobilellm_pro.losses import DistillationLoss, linear_distillation, raise_if_not_finite
 from mobilellm_pro.model.attention import build_masks, document_positions
 from mobilellm_pro.model.hugging_face import load_tensors, read_config, teacher_args
 from mobilellm_pro.model.parallelize import shard_frozen
@@ -138,7 +139,7 @@ class DistillTrainer(Trainer):
             if isinstance(self.maybe_enable_amp, torch.autocast):
                 dtype = TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param]
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
-            return linear_distillation(
+            terms = linear_distillation(
                 hidden,
                 weight,
                 teacher_hidden,
@@ -150,6 +151,10 @@ class DistillTrainer(Trainer):
                 chunk_tokens=self.job_config.distill.chunk_tokens,
                 vocab_group=group,
             )
+        tensors = {"student_hidden": hidden, "student_head": weight}
+        tensors |= {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
+        raise_if_not_finite(terms.loss, step=self.step, rank=dist.get_rank(), **tensors)
+        return terms
 
 
 def load_frozen_teacher(config: TeacherConfig, parallel_dims: ParallelDims, device: torch.device) -> Teacher:

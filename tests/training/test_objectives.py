@@ -1,9 +1,12 @@
 """What is minimised, with what weights, and what of it is logged."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtitan.config import Optimizer
 
@@ -114,6 +117,16 @@ def test_the_first_step_of_every_start_shows_the_teacher(world: SmallWorld) -> N
         records = read_metrics(folder, "train")
         assert [record["step"] for record in records] == [1, 4][: start + 1]
         assert all(record["distill/teacher_ce"] > 5 for record in records)
+
+
+def test_a_nan_stops_the_run_with_its_name(world: SmallWorld, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.folder / "teacher", teacher)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["lm_head.weight"][7, 3] = float("nan")
+    save_file(tensors, teacher / "model.safetensors")
+    with pytest.raises(AssertionError, match=r"loss is nan at step 1 on rank 0: teacher_head \[4096, 128\]: 1 NaN"):
+        world.run("objectives/nan", 1, "--teacher.path", str(teacher))
 
 
 def test_tensorboard_has_the_numbers(world: SmallWorld) -> None:
