@@ -151,7 +151,7 @@ class DistillTrainer(Trainer):
                 chunk_tokens=self.job_config.distill.chunk_tokens,
                 vocab_group=group,
             )
-        tensors = {"student_hidden": hidden, "student_head": weight}
+        tensors: dict[str, Tensor | None] = {"student_hidden": hidden, "student_head": weight}
         tensors |= {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
         raise_if_not_finite(terms.loss, step=self.step, rank=dist.get_rank(), **tensors)
         return terms
