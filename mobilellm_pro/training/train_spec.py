@@ -17,7 +17,7 @@ from mobilellm_pro.model.hugging_face import PrefixAdapter
 from mobilellm_pro.model.registry import FAMILIES
 from mobilellm_pro.training.loader import build_loader
 from mobilellm_pro.training.metrics import build_metrics
-from mobilellm_pro.training.validation import build_validator
+from mobilellm_pro.training.validation import HeldOutValidator
 
 
 def register() -> None:
@@ -33,7 +33,7 @@ def register() -> None:
             build_dataloader_fn=build_loader,
             build_tokenizer_fn=lambda job_config: Tokenizer.load(job_config.data.tokenizer),
             build_loss_fn=lambda job_config, **kwargs: None,  # the loss runs inside the student's forward
-            build_validator_fn=build_validator,
+            build_validator_fn=HeldOutValidator,
             build_metrics_processor_fn=build_metrics,
             state_dict_adapter=PrefixAdapter,
         )

@@ -43,7 +43,9 @@ class HeldOutValidator(BaseValidator):
         tokenizer: Tokenizer,
         parallel_dims: ParallelDims,
         metrics_processor: DistillMetrics,
+        **unused: Any,
     ):
+        """Takes what torchtitan passes to a validator; its loss and its pipeline stages have no use here."""
         super().__init__(job_config)
         self.parallel_dims = parallel_dims
         self.metrics_processor = metrics_processor
@@ -96,16 +98,3 @@ class HeldOutValidator(BaseValidator):
             summary["kl"] = by_name["kl"] / num_tokens
             summary["teacher_bits_per_byte"] = by_name["teacher_ce"] * bits
         return summary
-
-
-def build_validator(
-    job_config: JobConfig,
-    dp_world_size: int,
-    dp_rank: int,
-    tokenizer: Tokenizer,
-    parallel_dims: ParallelDims,
-    metrics_processor: DistillMetrics,
-    **unused: Any,
-) -> HeldOutValidator:
-    """torchtitan's hook; the pipeline-parallel and loss arguments that it also passes have no use here."""
-    return HeldOutValidator(job_config, dp_world_size, dp_rank, tokenizer, parallel_dims, metrics_processor)
