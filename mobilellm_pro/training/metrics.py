@@ -82,10 +82,11 @@ class DistillMetrics(MetricsProcessor):
         extra |= {f"tokens/{name}": count for name, count in self.tokens_per_corpus().items()}
         tokens_per_second = self._tokens_per_second()
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
-        summary = "  ".join(f"{name}: {value:.4f}" for name, value in terms.items())
-        logger.info(f"step: {step:2}  {summary}  tokens/s: {tokens_per_second:,.0f}")
-        if self._first_log and self.has_teacher:
-            self._report_teacher(terms["teacher_ce"])
+        if self.has_teacher:  # else the loss, which torchtitan's line has, is all there is
+            summary = "  ".join(f"{name}: {value:.4f}" for name, value in terms.items())
+            logger.info(f"step: {step:2}  {summary}  tokens/s: {tokens_per_second:,.0f}")
+            if self._first_log:
+                self._report_teacher(terms["teacher_ce"])
         self._first_log = False
         if dist.get_rank() == 0:
             record = {"loss": global_avg_loss, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
