@@ -7,6 +7,7 @@ is safe because the server itself never computes: it has no threads.
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def _rank(results: Any, rank: int, world_size: int, port: int, function: Callabl
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
     )
+    # A job that a shell started in the background ignores Ctrl-C, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     torch.set_num_threads(1)
