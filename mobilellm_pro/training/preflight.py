@@ -5,6 +5,7 @@ seconds, with all of its problems, not one by one in the queue.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ def problems(config: JobConfig, world_size: int) -> list[str]:
 
 
 def _collect(check: Callable[[JobConfig, int], Iterator[str]], config: JobConfig, world_size: int) -> list[str]:
-    found = []
+    found: list[str] = []
     try:
-        for problem in check(config, world_size):
-            found.append(problem)
+        found.extend(check(config, world_size))  # keeps what was found before an error
     except (ValueError, OSError) as error:
         found.append(str(error))
     return found
@@ -72,8 +72,14 @@ def _tensor_parallel(config: JobConfig, world_size: int) -> Iterator[str]:
             )
 
 
+@lru_cache(maxsize=1)
+def _load_tokenizer(source: str) -> Tokenizer:
+    """Two checks need it, and 200,000 ranks take a while to read."""
+    return Tokenizer.load(source)
+
+
 def _tokenizer(config: JobConfig, world_size: int) -> Iterator[str]:
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = _load_tokenizer(config.data.tokenizer)
     args = _known_model(config)
     if args is not None and tokenizer.vocab_size != args.vocab_size:
         yield (
@@ -84,7 +90,7 @@ def _tokenizer(config: JobConfig, world_size: int) -> Iterator[str]:
 
 def _datasets(config: JobConfig, world_size: int) -> Iterator[str]:
     try:
-        fingerprint = Tokenizer.load(config.data.tokenizer).fingerprint
+        fingerprint = _load_tokenizer(config.data.tokenizer).fingerprint
     except (ValueError, OSError):
         return  # reported by _tokenizer
     open_mixture(config.data, "train", config.training.seq_len, fingerprint)
