@@ -1,15 +1,16 @@
 """Time, memory and gradient error of full-vocabulary distillation losses, side by side: ours, plain torch, and peers.
 
     python benchmarks/kl_loss.py --tokens 256 1024 --dtypes bf16 fp32 --write FILE.md
-    python benchmarks/kl_loss.py --errors                      # gradient error against fp64
+    python benchmarks/kl_loss.py --measure memory --tokens 1024 16384 --candidates chunked
+    python benchmarks/kl_loss.py --measure errors --tokens 64  # gradient error against fp64
     python benchmarks/kl_loss.py --device cuda --tokens 16384 --candidates chunked triton plain
 
 Peers are optional: pip install liger-kernel trl "torchtune==0.6.1" "torchao==0.9.0". One that cannot be imported is
 reported as absent. Every measurement is a fresh process, and candidates take turns, so that memory is nobody else's
 and a busy machine is busy for all. Time is a ratio to the floor: the four products that cannot be avoided (student
-logits, teacher logits, gradients of hidden states and head) by `torch.mm` into given memory, at our chunk size, half of
-them measured before the candidate and half after it, in the same process. "Core time" is the same ratio in seconds that
-the process spent on cores, which other programs on the machine disturb less.
+logits, teacher logits, gradients of hidden states and head) by `torch.mm` into given memory, at our chunk size (or that
+of --floor-chunk), half of them measured before the candidate and half after it, in the same process. "Core time" is the
+same ratio in seconds that the process spent on cores, which other programs on the machine disturb less.
 
 Extra memory is the high-water mark of the resident set during one forward and backward, above inputs and gradients in
 the dtype of the inputs. "+fp32" is how much of it is the fp32 sum of the head's gradient.
@@ -22,20 +23,18 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "losses")]
+sys.path += [str(Path(__file__).resolve().parents[1] / x) for x in (".", "tests/losses")]
+from machine import describe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -158,44 +157,44 @@ def reset_peak(device: str) -> None:
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(name: str, tokens: int, vocabulary: int, widths: list[int], dtype: str, device: str) -> dict[str, float]:
-    """One forward and backward of one candidate, in this process: seconds, floor seconds, MiB."""
+def measure(name: str, tokens: int, job: argparse.Namespace) -> dict[str, float]:
+    """One forward and backward of one candidate, in this process: seconds, MiB, and seconds of the floor."""
     from mobilellm_pro.losses.problem import checked_problem
     from mobilellm_pro.losses.token_chunks import chunk_size
 
-    run = CANDIDATES[name]()
+    run, dtype = CANDIDATES[name](), DTYPES[job.dtype]
     # Imports, compilation and thread pools are not what is measured; this is far too small to leave memory behind.
-    small = make_inputs(min(tokens, 32), 512, widths, DTYPES[dtype], device, near=False)
+    small = make_inputs(min(tokens, 32), 512, job.widths, dtype, job.device, near=False)
     run(*small).backward()
-    inputs = make_inputs(tokens, vocabulary, widths, DTYPES[dtype], device, near=False)
+    inputs = make_inputs(tokens, job.vocabulary, job.widths, dtype, job.device, near=False)
     settings = {"token_weights": None, "kl_weight": 1, "ce_weight": 0, "temperature": 1, "chunk_tokens": None}
     problem = checked_problem(*inputs, None, **settings, vocab_group=None, fp32_logits=False)
-    chunk_tokens = chunk_size(problem, tokens)
-    # Half of the tokens before and half after, in whole chunks.
-    part = math.ceil(tokens / 2 / chunk_tokens) * chunk_tokens
+    chunk_tokens = job.floor_chunk or chunk_size(problem, tokens)
+    # Half of the tokens before and half after, in whole chunks; none where time is not asked for.
+    part = math.ceil(tokens / 2 / chunk_tokens) * chunk_tokens if job.measure == "time" else 0
     floor = floor_seconds(inputs, chunk_tokens, part)
-    reset_peak(device)
-    before = memory_bytes(device, peak=False)
+    reset_peak(job.device)
+    before = memory_bytes(job.device, peak=False)
     begin = clock(inputs[0])
     run(*inputs).backward()
     seconds = clock(inputs[0]) - begin
     outputs = sum(x.numel() * x.element_size() for x in inputs[:2])
-    extra = memory_bytes(device, peak=True) - before - outputs
+    extra = memory_bytes(job.device, peak=True) - before - outputs
     for x in inputs[:2]:
         x.grad = None
-    floor = (floor + floor_seconds(inputs, chunk_tokens, part)) * tokens / (2 * min(part, tokens))
+    floor = (floor + floor_seconds(inputs, chunk_tokens, part)) * tokens / max(1, 2 * min(part, tokens))
     own_chunk = chunk_size(dataclasses.replace(problem, fp32_logits=name == "chunked fp32 logits"), tokens)
-    sums = inputs[1].numel() * 2 if name.startswith("chunked") and dtype == "bf16" and tokens > own_chunk else 0
-    ratio, core_ratio = (seconds / floor).tolist()
+    sums = inputs[1].numel() * 2 if name.startswith("chunked") and job.dtype == "bf16" and tokens > own_chunk else 0
     sizes = {"chunk": chunk_tokens, "extra": extra / 2**20, "fp32": sums / 2**20}
+    ratio, core_ratio = (seconds / floor).tolist() if part else (math.nan, math.nan)
     return {"seconds": seconds[0].item(), "ratio": ratio, "core_ratio": core_ratio, **sizes}
 
 
-def errors(name: str, tokens: int, vocabulary: int, widths: list[int], dtype: str, device: str) -> dict[str, float]:
+def errors(name: str, tokens: int, job: argparse.Namespace) -> dict[str, float]:
     """Relative error of both gradients against fp64, for a random student and for one within 1 % of its teacher."""
     out = {}
     for label, near in (("random", False), ("near", True)):
-        inputs = make_inputs(tokens, vocabulary, widths, DTYPES[dtype], device, near)
+        inputs = make_inputs(tokens, job.vocabulary, job.widths, DTYPES[job.dtype], job.device, near)
         CANDIDATES[name]()(*inputs).backward()
         hidden, head, teacher_hidden, teacher_head = (x.detach() for x in inputs)
         z = torch.cat([hidden.double() @ w.double().T for w in head.split(8192)], 1)
@@ -211,13 +210,24 @@ def errors(name: str, tokens: int, vocabulary: int, widths: list[int], dtype: st
     return out
 
 
-def in_process(arguments: list[str]) -> dict[str, float] | str:
+def in_process(name: str, tokens: int, dtype: str, options: argparse.Namespace) -> dict[str, float] | str:
     """A measurement in a fresh process, or why there is none."""
-    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True)
+    job = {k: getattr(options, k) for k in ("measure", "device", "vocabulary", "widths", "floor_chunk")}
+    job |= {"name": name, "tokens": tokens, "dtype": dtype}
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [x for x in done.stdout.splitlines() if x.startswith('{"')]
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]
     return json.loads(lines[-1])
+
+
+# Of each kind of measurement: the columns of its table.
+COLUMNS = {
+    "time": "time / floor (least, most) | core time / floor (least, most) | seconds | extra MiB | +fp32",
+    "memory": "extra MiB | +fp32",
+    "errors": "hidden, random | head, random | hidden, near | head, near",
+}
 
 
 def table(options: argparse.Namespace, tokens: int, dtype: str) -> list[str]:
@@ -228,61 +238,46 @@ def table(options: argparse.Namespace, tokens: int, dtype: str) -> list[str]:
         for name in options.candidates:
             if name in failures or (name == "chunked fp32 logits" and dtype == "fp32"):
                 continue
-            kind = "errors" if options.errors else "time"
-            sizes = [str(x) for x in (tokens, options.vocabulary, *options.widths)]
-            result = in_process([name, kind, dtype, options.device, *sizes])
+            result = in_process(name, tokens, dtype, options)
             print(f"{dtype} T={tokens} {name}: {result}", file=sys.stderr, flush=True)
             if isinstance(result, str):
                 failures[name] = result
             else:
                 results[name].append(result)
-    rows = [error_row(n, r[0]) if options.errors else time_row(n, r) for n, r in results.items() if r]
-    rows += [f"| {n} | no result: {why} |" for n, why in failures.items()]
-    head = "hidden, random | head, random | hidden, near | head, near" if options.errors else TIME_COLUMNS
-    chunk = next((f", chunks of {r[0]['chunk']:.0f}" for r in results.values() if r and "chunk" in r[0]), "")
+    rows = [f"| {name} | {' | '.join(cells(options.measure, r))} |" for name, r in results.items() if r]
+    rows += [f"| {name} | no result: {why} |" for name, why in failures.items()]
+    head = COLUMNS[options.measure]
+    chunk = next((f", floor in chunks of {r[0]['chunk']:.0f}" for r in results.values() if r and "chunk" in r[0]), "")
     return [f"\n{dtype}, T = {tokens}{chunk}\n", f"| | {head} |", "|---" * (head.count("|") + 2) + "|", *rows]
 
 
-TIME_COLUMNS = "time / floor (least, most) | core time / floor (least, most) | seconds | extra MiB | +fp32"
-
-
-def time_row(name: str, results: list[dict[str, float]]) -> str:
-    """One candidate's times and memory."""
+def cells(measure: str, results: list[dict[str, float]]) -> list[str]:
+    """One candidate's row, without its name."""
+    if measure == "errors":
+        return [f"{results[0][f'{what}_{how}']:.1e}" for how in ("random", "near") for what in ("hidden", "head")]
+    fp32 = results[0]["fp32"]
+    memory = [f"{max(r['extra'] for r in results) - fp32:.0f}", f"{fp32:.0f}"]
+    if measure == "memory":
+        return memory
     spreads = []
     for key in ("ratio", "core_ratio"):
         ratios = sorted(r[key] for r in results)
         spreads.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})")
-    seconds, extra = statistics.median(r["seconds"] for r in results), max(r["extra"] for r in results)
-    fp32 = results[0]["fp32"]
-    return f"| {name} | {' | '.join(spreads)} | {seconds:.1f} | {extra - fp32:.0f} | {fp32:.0f} |"
+    return [*spreads, f"{statistics.median(r['seconds'] for r in results):.1f}", *memory]
 
 
-def error_row(name: str, result: dict[str, float]) -> str:
-    """One candidate's gradient errors."""
-    cells = " | ".join(f"{result[f'{what}_{how}']:.1e}" for how in ("random", "near") for what in ("hidden", "head"))
-    return f"| {name} | {cells} |"
-
-
-def machine(threads: int) -> list[str]:
-    """What a reader needs to know to repeat the run."""
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    versions = {x.metadata["Name"].replace("_", "-"): x.version for x in metadata.distributions()}
-    names = [x for x in ("torch", "liger-kernel", "torchtune", "torchao", "trl", "triton") if x in versions]
-    return [
-        f"Command: `python benchmarks/kl_loss.py {' '.join(sys.argv[1:])}`",
-        f"Machine: {cpu}, {threads} threads, {platform.platform()}, Python {platform.python_version()}",
-        "Versions: " + ", ".join(f"{x} {versions[x]}" for x in names),
-    ]
+def worker(text: str) -> None:
+    """One measurement, printed as JSON."""
+    job = argparse.Namespace(**json.loads(text))
+    print(json.dumps((errors if job.measure == "errors" else measure)(job.name, job.tokens, job)))
 
 
 def main() -> None:
-    """Entry point; `--worker` runs one measurement and prints it as JSON."""
+    """Entry point; `--worker` runs one measurement."""
     if sys.argv[1:2] == ["--worker"]:
-        name, kind, dtype, device, tokens, vocabulary, *widths = sys.argv[2:]
-        function = errors if kind == "errors" else measure
-        print(json.dumps(function(name, int(tokens), int(vocabulary), [int(w) for w in widths], dtype, device)))
-        return
+        return worker(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=COLUMNS, default="time")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=[x for x in CANDIDATES if x != "triton"])
@@ -291,11 +286,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--errors", action="store_true", help="gradient error instead of time and memory; use T = 64")
+    parser.add_argument("--floor-chunk", type=int, help="tokens of a chunk of the floor (default: as ours)")
     parser.add_argument("--write", type=Path, help="append the tables to this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    lines = machine(options.threads)
+    lines = describe(["torch", "liger-kernel", "torchtune", "torchao", "trl", "triton"], options.threads)
     for dtype in options.dtypes:
         for tokens in options.tokens:
             lines += table(options, tokens, dtype)

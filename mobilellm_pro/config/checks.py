@@ -40,6 +40,8 @@ def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
     if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem" and device_type != "cuda":
         found = f'"async_with_pinned_mem" on a {device_type} machine'
         problems.append(Problem("machine", "checkpoint.async_mode", found, '"async" or "disabled" without CUDA'))
+    if config.distill.impl == "triton" and device_type != "cuda":
+        problems.append(Problem("machine", "distill.impl", f'"triton" on a {device_type} machine', '"auto" or "chunked"'))
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problems.append(
             Problem("machine", "metrics.enable_wandb", "true, without wandb", "`pip install wandb` or false")

@@ -31,6 +31,9 @@ def check_distill(config: JobConfig) -> Iterator[Issue]:
         yield Issue(("distill.temperature",), str(distill.temperature), "a positive number")
     if distill.chunk_tokens is not None and distill.chunk_tokens <= 0:
         yield Issue(("distill.chunk_tokens",), str(distill.chunk_tokens), "a positive number of tokens")
+    if distill.impl == "torch" and config.parallelism.tensor_parallel_degree > 1:
+        keys = ("distill.impl", "parallelism.tensor_parallel_degree")
+        yield Issue(keys, f'"torch" on {config.parallelism.tensor_parallel_degree} ranks', '"auto" or "chunked"')
 
 
 def check_data(config: JobConfig) -> Iterator[Issue]:

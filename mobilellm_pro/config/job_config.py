@@ -56,6 +56,13 @@ class Distill:
     chunk_tokens: int | None = None
     """Tokens whose logits exist at the same time. Default: chosen from a byte budget."""
 
+    fp32_logits: bool = False
+    """Accurate mode under bfloat16: logits good to fp32. Worth its time once the student is close to its teacher."""
+
+    impl: Literal["auto", "torch", "chunked", "triton"] = "auto"
+    """Implementation of the loss. `auto`: `triton` on a GPU, else `chunked`. `torch`: the reference, which materialises
+    all logits and knows no tensor parallelism."""
+
 
 @dataclass
 class Teacher:

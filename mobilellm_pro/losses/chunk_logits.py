@@ -34,9 +34,14 @@ class ChunkLogits:
 
     @staticmethod
     def bytes_per_logit(head_VD: Tensor, fp32_logits: bool) -> int:
-        """Bytes of one stored logit, its refinement included."""
-        twice = fp32_logits and head_VD.dtype == torch.bfloat16
-        return head_VD.element_size() * (2 if twice else 1)
+        """Bytes of one logit and of what the accurate mode keeps beside it.
+
+        In that mode, an accelerator holds the gradient apart from the fp32 logits, and a CPU the refinement, plus what
+        its product copies while it runs; student and teacher run in turn, so half of that copy counts for each.
+        """
+        if fp32_logits and head_VD.dtype == torch.bfloat16:
+            return 6 if head_VD.is_cuda else 5
+        return head_VD.element_size()
 
     @property
     def values_CV(self) -> Tensor:

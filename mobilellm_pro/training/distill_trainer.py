@@ -139,6 +139,7 @@ class DistillTrainer(Trainer):
             if isinstance(self.maybe_enable_amp, torch.autocast):
                 dtype = TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param]
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
+            distill = self.job_config.distill
             terms = linear_distillation(
                 hidden,
                 weight,
@@ -147,8 +148,10 @@ class DistillTrainer(Trainer):
                 labels,
                 kl_weight=self.kl_weight,
                 ce_weight=self.ce_weight,
-                temperature=self.job_config.distill.temperature,
-                chunk_tokens=self.job_config.distill.chunk_tokens,
+                temperature=distill.temperature,
+                chunk_tokens=distill.chunk_tokens,
+                fp32_logits=distill.fp32_logits,
+                impl=distill.impl,
                 vocab_group=group,
             )
         tensors: dict[str, Tensor | None] = {"student_hidden": hidden, "student_head": weight}

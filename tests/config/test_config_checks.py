@@ -40,6 +40,7 @@ CASES = [
     ({"distill__objective": "weighted", "distill__kl_weight": 0.0}, "distill.kl_weight"),
     ({"distill__temperature": 0.0}, "distill.temperature"),
     ({"distill__chunk_tokens": 0}, "distill.chunk_tokens"),
+    ({"distill__impl": "torch", "parallelism__tensor_parallel_degree": 2}, "distill.impl"),
     ({"attention__window": 0}, "attention.window"),
     ({"attention__rope_base": -1.0}, "attention.rope_base"),
     ({"attention__global_layers": [3, 3]}, "attention.global_layers"),
@@ -166,4 +167,10 @@ def test_the_batch_must_divide_among_the_ranks():
 def test_pinned_memory_needs_cuda():
     config = valid(checkpoint__enable=True, checkpoint__async_mode="async_with_pinned_mem")
     assert [problem.key for problem in check_machine(config, "cpu")] == ["checkpoint.async_mode"]
+    assert check_machine(config, "cuda") == []
+
+
+def test_a_gpu_kernel_without_a_gpu():
+    config = valid(distill__impl="triton")
+    assert [problem.key for problem in check_machine(config, "cpu")] == ["distill.impl"]
     assert check_machine(config, "cuda") == []

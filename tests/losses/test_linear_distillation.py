@@ -96,6 +96,20 @@ def test_bf16_is_no_worse_than_plain_torch(impl):
     assert (errors[1] <= 1.03 * errors[0] + 30e-6).all(), errors / 30
 
 
+@quick
+@given(shape=shapes, seed=st.integers(0, 999), chunk_tokens=st.sampled_from([None, 1, 7]))
+def test_fp32_gradients_are_no_worse_than_plain_torch(shape, seed, chunk_tokens):
+    case = random_case(*shape, seed=seed, dtype=torch.float32)
+    _, *exact = truth(case)
+    plain, ours = case.leaves(), case.leaves()
+    inputs = (plain.student_hidden, plain.student_head, plain.teacher_hidden, plain.teacher_head, plain.weights)
+    plain_torch(*inputs).backward()
+    run(ours, impl="chunked", chunk_tokens=chunk_tokens).loss.backward()
+    for name, expected in zip(("student_hidden", "student_head"), exact, strict=True):
+        error, plain_error = (relative_error(getattr(x, name).grad, expected) for x in (ours, plain))
+        assert error <= plain_error + 1e-6
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_identical_teacher_and_student(impl, dtype):
