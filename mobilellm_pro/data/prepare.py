@@ -25,7 +25,8 @@ from mobilellm_pro.data.dataset_config import DatasetConfig, load_datasets_confi
 from mobilellm_pro.data.documents import Document, read_documents
 from mobilellm_pro.data.manifest import FILE as MANIFEST
 from mobilellm_pro.data.manifest import Manifest, file_sha256, read_manifest, write_manifest
-from mobilellm_pro.data.shards import Corpus, ShardWriter
+from mobilellm_pro.data.shard_writer import ShardWriter
+from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mobilellm_pro.data.manifest import Manifest, read_manifest, write_manifest
-from mobilellm_pro.data.shards import Corpus, ShardWriter, read_index
+from mobilellm_pro.data.shard_index import read_index
+from mobilellm_pro.data.shard_writer import ShardWriter
+from mobilellm_pro.data.shards import Corpus
 from tests.data.synthetic import make_corpora
 
 DOCUMENTS = [[7, 1, 2, 8], [7, 8], [7, 3, 3, 3, 3, 8], [7, 4, 8]]
