@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VERBS: dict[str, str] = {
     "fetch-text": "mobilellm_pro.data.offline_text:fetch_offline_text",
     "prepare": "mobilellm_pro.data.prepare:prepare",
-    "inspect": "mobilellm_pro.data.prepare:inspect",
+    "inspect": "mobilellm_pro.data.inspection:inspect",
     "show": "mobilellm_pro.__main__:show",
     "validate": "mobilellm_pro.__main__:validate",
     "train": "mobilellm_pro.training.run:train",

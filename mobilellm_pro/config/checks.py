@@ -41,7 +41,9 @@ def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
         found = f'"async_with_pinned_mem" on a {device_type} machine'
         problems.append(Problem("machine", "checkpoint.async_mode", found, '"async" or "disabled" without CUDA'))
     if config.distill.impl == "triton" and device_type != "cuda":
-        problems.append(Problem("machine", "distill.impl", f'"triton" on a {device_type} machine', '"auto" or "chunked"'))
+        problems.append(
+            Problem("machine", "distill.impl", f'"triton" on a {device_type} machine', '"auto" or "chunked"')
+        )
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problems.append(
             Problem("machine", "metrics.enable_wandb", "true, without wandb", "`pip install wandb` or false")

@@ -39,6 +39,8 @@ def check_distill(config: JobConfig) -> Iterator[Issue]:
 def check_data(config: JobConfig) -> Iterator[Issue]:
     """Tokenizer and corpora."""
     data = config.data
+    if data.max_document_tokens is not None and data.max_document_tokens < 1:
+        yield Issue(("data.max_document_tokens",), str(data.max_document_tokens), "a positive number of tokens")
     if not data.tokenizer:
         yield Issue(("data.tokenizer",), "nothing", 'a file in tiktoken\'s format, or "llama4"')
     if not data.datasets:
@@ -51,6 +53,8 @@ def check_data(config: JobConfig) -> Iterator[Issue]:
                 yield Issue((f"{key}.{name}",), "nothing", f"the corpus' {name}")
         if not 0 < dataset.weight < float("inf"):
             yield Issue((f"{key}.weight",), str(dataset.weight), "a positive share; leave the table out for none")
+        if dataset.max_epochs is not None and dataset.max_epochs <= 0:
+            yield Issue((f"{key}.max_epochs",), str(dataset.max_epochs), "a positive number; leave it out for no limit")
     for name, count in Counter(dataset.name for dataset in data.datasets).items():
         if count > 1 and name:
             yield Issue(("data.datasets",), f'{count} corpora named "{name}"', "one name for one corpus")

@@ -88,6 +88,9 @@ class Dataset:
     weight: float = 0.0
     """Share of the training tokens; the weights of all datasets sum to 1 (see `renormalize_weights`)."""
 
+    max_epochs: float | None = None
+    """Passes over the corpus that training must not exceed; `data.on_max_epochs` says what happens then."""
+
 
 @dataclass
 class Data:
@@ -104,6 +107,16 @@ class Data:
 
     seed: int = 0
     """Seed of the order: what is in step k is a function of (seed, k) alone."""
+
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream`: documents follow one another and rows cut them anywhere, no token is lost. `best_fit`: a document that
+    fits into a row is never cut; what stays empty is padded."""
+
+    max_document_tokens: int | None = None
+    """Only the first so many tokens of each document are used."""
+
+    on_max_epochs: Literal["error", "stop"] = "error"
+    """When a corpus would pass its `max_epochs` before the last step: refuse to start, or stop before that step."""
 
 
 @dataclass

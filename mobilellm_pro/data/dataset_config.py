@@ -5,10 +5,12 @@
 
     [[dataset]]
     name = "wiki"
-    source = "data/wiki/*.jsonl.gz"       # a path, a pattern, or a list; relative to the working directory
+    format = "jsonl"                      # or parquet, folder, hub, megatron
+    source = "data/wiki/*.jsonl.zst"      # a path, a pattern, or a list; relative to the working directory
     holdout = 0.01                        # share of documents for validation
 
-All problems of a file are reported at once, each with its key and the nearest valid name.
+All problems of a file are reported at once, each with its key and the nearest valid name. A key that the format does
+not read is a problem too: it would promise a filter that nobody applies.
 """
 
 import difflib
@@ -17,9 +19,38 @@ import re
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mobilellm_pro.data.documents import FORMATS
+if TYPE_CHECKING:
+    from mobilellm_pro.data.documents import Document
+
+FORMATS = ("jsonl", "parquet", "folder", "hub", "megatron")
+# Keys that only some formats read; every other key belongs to all of them.
+_RECORDS, _TEXT = ("jsonl", "parquet", "hub"), ("jsonl", "parquet", "folder", "hub")
+_READ_BY = {
+    **dict.fromkeys(("text_column", "id_column", "language_column", "languages"), _RECORDS),
+    **dict.fromkeys(("min_chars", "bos", "eos"), _TEXT),
+    **dict.fromkeys(("subset", "hub_split", "hub_files"), ("hub",)),
+}
+
+
+class Source(NamedTuple):
+    """The unit that is read, and resumed, as a whole.
+
+    Attributes:
+        name: the path, or for a Hugging Face dataset which part of it; unique within a dataset.
+        path: file, or folder for the format "folder"; None for a part of a Hugging Face dataset.
+        num_bytes: size on disk (all files of a folder), None where nobody tells.
+        shard, num_shards: which of how many data shards of the streaming dataset; num_shards is 0 for a file.
+        hub_name: the Hugging Face dataset that the shard belongs to.
+    """
+
+    name: str
+    path: Path | None
+    num_bytes: int | None
+    shard: int = 0
+    num_shards: int = 0
+    hub_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,9 +59,15 @@ class DatasetConfig:
 
     Attributes:
         name: of the corpus and its folder.
-        source: paths or patterns of files (folders for the format "folder").
-        format: "jsonl" or "folder".
-        text_column, id_column: keys of a JSON object; id_column "" takes a hash of the text.
+        source: paths or patterns of files ("folder": of folders, "megatron": of .idx files); for "hub" the names of
+            datasets.
+        format: "jsonl" (a suffix .gz or .zst says how it is packed), "parquet", "folder" (each file is a document),
+            "hub" (a Hugging Face dataset, streamed) or "megatron" (token shards that others prepared).
+        text_column, id_column: names of the columns, or keys of a JSON object; id_column "" takes a hash of the text.
+        language_column, languages: keep only documents whose column holds one of the languages; [] keeps all.
+        subset, hub_split: configuration and split of a Hugging Face dataset.
+        hub_files: patterns of .jsonl[.gz|.zst] or .parquet files inside the dataset's repository, read instead of what
+            `subset` and `hub_split` name: for datasets that were published with a loading script.
         holdout: share of documents that go to the split "valid", chosen by a hash of their id.
         shard_tokens: largest number of tokens in a shard (and so in a document).
         min_chars: shorter documents are left out and counted.
@@ -42,6 +79,11 @@ class DatasetConfig:
     format: str = "jsonl"
     text_column: str = "text"
     id_column: str = "id"
+    language_column: str = ""
+    languages: tuple[str, ...] = ()
+    subset: str = ""
+    hub_split: str = "train"
+    hub_files: tuple[str, ...] = ()
     holdout: float = 0.01
     shard_tokens: int = 500_000_000
     min_chars: int = 1
@@ -50,14 +92,51 @@ class DatasetConfig:
 
     def settings(self) -> dict[str, Any]:
         """The keys that decide about the tokens, as JSON values, for the manifest."""
-        return {**asdict(self), "source": list(self.source)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def files(self) -> list[Path]:
-        """Existing files (or folders) of `source`, patterns expanded in the order of the names."""
-        found: list[Path] = []
-        for pattern in self.source:
-            found += [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-        return found
+        """Existing files (or folders) of `source`, patterns expanded in the order of the names; [] for "hub"."""
+        return [] if self.format == "hub" else _expand(self.source)
+
+    def unmatched(self) -> list[str]:
+        """Paths and patterns of `source` that nothing matches; [] for "hub", where only the network could tell."""
+        return [] if self.format == "hub" else [pattern for pattern in self.source if not _expand([pattern])]
+
+    def sources(self) -> list[Source]:
+        """What there is to read, in order; a pattern that matches nothing gives nothing (see `unmatched`).
+
+        Raises:
+            ValueError: a Hugging Face dataset cannot be opened.
+        """
+        if self.format == "hub":
+            from mobilellm_pro.data.hub_records import hub_sources  # needs a large package, and a network
+
+            return hub_sources(self)
+        return [Source(str(path), path, _size(path)) for path in self.files()]
+
+    def rejects(self, document: "Document") -> str:
+        """Why the document stays out of the corpus: "short", "language", or "" when it belongs in."""
+        if len(document.text) < self.min_chars or not document.text or document.text.isspace():
+            return "short"
+        return "language" if self.languages and document.language not in self.languages else ""
+
+
+def folder_files(root: Path) -> list[Path]:
+    """Every file below `root` in the order of the names, hidden ones and those in hidden folders left out."""
+    return [
+        file
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
+
+
+def _expand(patterns: tuple[str, ...] | list[str]) -> list[Path]:
+    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern, recursive=True))]
+    return list(dict.fromkeys(found))  # a file that two patterns name is read once
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (folder_files(path) if path.is_dir() else [path]))
 
 
 @dataclass(frozen=True)
@@ -93,7 +172,8 @@ def load_datasets_config(path: str | Path) -> DatasetsConfig:
         problems.append("dataset: expected at least one [[dataset]] table")
     datasets = [_dataset(table, f"dataset[{number}]", problems) for number, table in enumerate(tables)]
     names = [table.get("name") for table in tables]
-    problems += [f"dataset: the name {name!r} occurs twice" for name in {n for n in names if names.count(n) > 1}]
+    repeated = {str(name) for name in names if names.count(name) > 1 and name is not None}
+    problems += [f"dataset: the name {name!r} occurs twice" for name in sorted(repeated)]
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     return DatasetsConfig(content["tokenizer"], Path(content["output"]), [item for item in datasets if item])
@@ -102,22 +182,25 @@ def load_datasets_config(path: str | Path) -> DatasetsConfig:
 def _dataset(table: dict[str, Any], where: str, problems: list[str]) -> DatasetConfig | None:
     """The table as a config, or None after adding to `problems`."""
     types: dict[str, Any] = {item.name: item.type for item in fields(DatasetConfig)}
+    lists = [key for key, kind in types.items() if kind == tuple[str, ...]]
     found = _unknown(table, list(types), f"{where}.")
     values = {**table}
-    if isinstance(values.get("source"), str):
-        values["source"] = [values["source"]]
-    for key, value in values.items():
-        if key not in types:
-            continue
-        if key == "source":
-            if not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
-                found.append(f"{where}.source: expected a path or a list of paths, found {value!r}")
+    for key in ("source", "hub_files"):
+        if isinstance(values.get(key), str):
+            values[key] = [values[key]]
+    for key in (key for key in values if key in types):
+        value = values[key]
+        if key in lists:
+            filled = value or key == "languages"
+            if not (isinstance(value, list) and filled and all(isinstance(item, str) and item for item in value)):
+                kind = "a path or a list of paths" if key == "source" else "a list of strings"
+                found.append(f"{where}.{key}: expected {kind}, found {value!r}")
         elif not _fits(value, types[key]):
             found.append(f"{where}.{key}: expected {types[key].__name__}, found {value!r}")
     found += [f"{where}.{key}: missing" for key in ("name", "source") if key not in values]
-    found = found or _ranges(values, where)
+    found = found or _ranges(values, where) or _conflicts(values, where)
     problems += found
-    return None if found else DatasetConfig(**{**values, "source": tuple(values["source"])})
+    return None if found else DatasetConfig(**{**values, **{key: tuple(values[key]) for key in lists if key in values}})
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -131,6 +214,8 @@ def _ranges(values: dict[str, Any], where: str) -> list[str]:
     checks = {
         "name": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, '.', '-' and '_'"),
         "format": (lambda v: v in FORMATS, f"one of {', '.join(FORMATS)}"),
+        "text_column": (bool, "the name of a column"),
+        "hub_split": (bool, "the name of a split"),
         "holdout": (lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
         "shard_tokens": (lambda v: v >= 1, "at least 1"),
         "min_chars": (lambda v: v >= 0, "at least 0"),
@@ -140,6 +225,22 @@ def _ranges(values: dict[str, Any], where: str) -> list[str]:
         for key, (check, expected) in checks.items()
         if key in values and not check(values[key])
     ]
+
+
+def _conflicts(values: dict[str, Any], where: str) -> list[str]:
+    """Keys that the format does not read, and keys that make sense only together or only apart."""
+    format = values.get("format", DatasetConfig.format)
+    problems = [
+        f"{where}.{key}: the format {format!r} does not read this key ({', '.join(_READ_BY[key])} do): remove it"
+        for key in values
+        if format not in _READ_BY.get(key, FORMATS)
+    ]
+    if values.get("languages") and not values.get("language_column"):
+        problems.append(f"{where}.languages: needs language_column, the column that names a document's language")
+    if "hub_files" in values:
+        problems += [f"{where}.{key}: not read beside hub_files: remove one of them" for key in ("subset", "hub_split")
+                     if key in values]  # fmt: skip
+    return problems
 
 
 def _unknown(table: dict[str, Any], known: list[str], prefix: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Manifest:
         fingerprint: of the tokenizer.
         vocab_size: of the tokenizer.
         settings: the settings that decide about the content, to compare with a configuration.
-        sources: path, bytes and sha256 of each file that was read.
+        sources: name, path, num_bytes, mtime_ns and sha256 of each source that was read.
         shards: split -> shards in order.
         text_bytes: split -> UTF-8 bytes of text behind the tokens.
-        skipped: documents left out, empty or shorter than min_chars.
+        skipped: reason ("empty", "short", ...) -> documents left out.
     """
 
     tokenizer: str
@@ -49,7 +49,7 @@ class Manifest:
     sources: list[dict[str, Any]]
     shards: dict[str, list[ShardRecord]]
     text_bytes: dict[str, int]
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     version: int = field(default=VERSION)
 
     def documents(self, split: str) -> int:
@@ -64,12 +64,34 @@ class Manifest:
         """Documents of each split, for messages."""
         return ", ".join(f"{split} {self.documents(split)} documents" for split in self.shards)
 
+    def skipped_counts(self) -> str:
+        """Documents left out by reason, for messages."""
+        return describe_skipped(self.skipped)
+
+
+def describe_skipped(skipped: dict[str, int]) -> str:
+    """ "0 skipped", or "3 skipped (2 empty, 1 short)"."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
+    return f"{sum(skipped.values())} skipped" + (f" ({reasons})" if reasons else "")
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest of a finished corpus, by rename."""
-    temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FILE)
+    write_json(folder / FILE, asdict(manifest))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file by rename: it is there as a whole or not at all, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -84,13 +106,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(f"{path} does not exist: {folder} is not a finished corpus; run `prepare` (again)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        shards = {split: [ShardRecord(**record) for record in records] for split, records in content["shards"].items()}
-        manifest = Manifest(**{**content, "shards": shards})
+        version = content["version"]
+        if version == VERSION:
+            return Manifest(**{**content, "shards": read_shards(content["shards"])})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest ({error}): delete the folder and run `prepare` again") from None
-    if manifest.version != VERSION:
-        raise ValueError(f"{path}: version {manifest.version}, expected {VERSION}: run `prepare` again")
-    return manifest
+    raise ValueError(
+        f"{path}: version {version}, expected {VERSION}: delete the folder, or set overwrite, and run `prepare` again"
+    )
+
+
+def read_shards(content: dict[str, list[dict[str, Any]]]) -> dict[str, list[ShardRecord]]:
+    """The shards of each split, from JSON."""
+    return {split: [ShardRecord(**record) for record in records] for split, records in content.items()}
 
 
 def file_sha256(path: Path) -> str:

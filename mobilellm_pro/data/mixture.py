@@ -11,16 +11,42 @@ Ranks, workers and restarts only choose which n they ask for.
     rows = batch(mixture, start=step * global_batch + rank * local_batch, count=local_batch)
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from mobilellm_pro.data.packing import CorpusStream, Sequence, hash_key
+from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data.shuffle import hash_key
 
 PERIOD = 1_000_000
-IGNORE = -100  # label without a loss: what torch's cross entropy ignores
 _MAX_CORPORA = 127  # the schedule is stored as int8
+
+
+class Rows(Protocol):
+    """Endless rows of one corpus by number: `CorpusStream` or `BestFitRows`."""
+
+    corpus: Corpus
+    seq_len: int
+
+    @property
+    def options(self) -> str:
+        """What the rows hold differently from the default, in words."""
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows in one pass over the corpus."""
+
+    def epoch(self, index: int) -> int:
+        """Pass in which row `index` begins."""
+
+    def epochs(self, rows: int) -> float:
+        """Passes after the first `rows` rows."""
+
+    def fill(self, index: int, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray) -> None:
+        """Writes row `index`."""
 
 
 class Mixture:
@@ -34,7 +60,7 @@ class Mixture:
     """
 
     def __init__(
-        self, streams: Items[CorpusStream], weights: Items[float], *, seed: int, renormalize: bool = False,
+        self, streams: Items[Rows], weights: Items[float], *, seed: int, renormalize: bool = False,
         period: int = PERIOD,
     ) -> None:  # fmt: skip
         """
@@ -55,6 +81,7 @@ class Mixture:
             raise ValueError(f"corpora of one mixture need one seq_len, found {[s.seq_len for s in streams]}")
         shares = ", ".join(
             f"{stream.corpus.name}:{stream.corpus.num_tokens}x{weight:.6g}"
+            + (f" ({stream.options})" if stream.options else "")
             for stream, weight in zip(self.streams, self.weights, strict=True)
         )
         self.identity = f"seed {seed}, seq_len {self.seq_len}, corpora (tokens x weight) {shares}"
@@ -72,11 +99,6 @@ class Mixture:
         corpus = int(self._schedule[position])
         return corpus, period * int(self._counts[corpus]) + int(self._ranks[position])
 
-    def sequence(self, index: int) -> Sequence:
-        """Row `index` >= 0 of the mixture."""
-        corpus, row = self.place(index)
-        return self.streams[corpus].sequence(row)
-
     def counts(self, num_sequences: int) -> np.ndarray:
         """int64 [corpora]: rows of each corpus among the first `num_sequences` rows."""
         periods, rest = divmod(num_sequences, len(self._schedule))
@@ -84,8 +106,43 @@ class Mixture:
 
     def epochs(self, num_sequences: int) -> np.ndarray:
         """float64 [corpora]: passes over each corpus after the first `num_sequences` rows."""
-        sizes = np.array([stream.corpus.num_tokens for stream in self.streams])
-        return self.counts(num_sequences) * self.seq_len / sizes
+        counts = self.counts(num_sequences).tolist()
+        return np.array([stream.epochs(count) for stream, count in zip(self.streams, counts, strict=True)])
+
+    def rows_until(self, max_epochs: Mapping[str, float | None] | Items[float | None]) -> tuple[int, str] | None:
+        """How far a run may go before it has read too much of a corpus.
+
+        Args:
+            max_epochs: passes over each corpus that are allowed, by name or one per corpus; None: any number.
+
+        Returns:
+            (n, name): the first n rows pass no limit, the row after them would pass that of the named corpus; None
+            without limits.
+
+        Raises:
+            ValueError: an unknown name, another number of limits than corpora, or a limit that is not positive.
+        """
+        if isinstance(max_epochs, Mapping):
+            if unknown := set(max_epochs) - set(self.names):
+                raise ValueError(f"max_epochs names {sorted(unknown)}, the corpora are {self.names}")
+            max_epochs = [max_epochs.get(name) for name in self.names]
+        if max_epochs and len(max_epochs) != len(self.names):
+            raise ValueError(f"{len(max_epochs)} limits for {len(self.names)} corpora: expected one each")
+        ends = []
+        for corpus, limit in enumerate(max_epochs):
+            if limit is None:
+                continue
+            if not 0 < limit < np.inf:
+                raise ValueError(
+                    f"corpus {self.names[corpus]!r}: max_epochs = {limit:g}, expected more than 0, or none"
+                )
+            ends.append((self._row_of(corpus, _rows_within(self.streams[corpus], limit)), self.names[corpus]))
+        return min(ends, default=None)
+
+    def _row_of(self, corpus: int, row: int) -> int:
+        """The row of the mixture that is row `row` of a corpus: the inverse of `place`."""
+        period, rank = divmod(row, int(self._counts[corpus]))
+        return period * len(self._schedule) + int(np.flatnonzero(self._schedule == corpus)[rank])
 
 
 def batch(mixture: Mixture, start: int, count: int) -> dict[str, torch.Tensor]:
@@ -96,14 +153,22 @@ def batch(mixture: Mixture, start: int, count: int) -> dict[str, torch.Tensor]:
         labels: int64 [B, S], the next token; -100 where the next token begins another document, which nothing predicts.
         document_ids: int32 [B, S], 0 at the first input, one more at every input that begins a document.
         corpus: int32 [B], index into `mixture.names`.
+
+    Raises:
+        ValueError: an id outside the vocabulary of its corpus.
     """
-    rows = [mixture.sequence(index) for index in range(start, start + count)]
-    tokens = np.stack([row.tokens for row in rows]).astype(np.int64)
-    documents = np.stack([row.document_ids for row in rows])
-    labels = np.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORE)
-    corpora = np.array([mixture.place(index)[0] for index in range(start, start + count)], dtype=np.int32)
-    arrays = {"input": tokens[:, :-1], "labels": labels, "document_ids": documents[:, :-1], "corpus": corpora}
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    shape = (count, mixture.seq_len)
+    tensors = {
+        "input": torch.empty(shape, dtype=torch.int64),
+        "labels": torch.empty(shape, dtype=torch.int64),
+        "document_ids": torch.empty(shape, dtype=torch.int32),
+        "corpus": torch.empty(count, dtype=torch.int32),
+    }
+    inputs, labels, documents, corpora = (tensor.numpy() for tensor in tensors.values())
+    for b in range(count):
+        corpora[b], row = mixture.place(start + b)
+        mixture.streams[corpora[b]].fill(row, inputs[b], labels[b], documents[b])
+    return tensors
 
 
 def check_weights(names: Items[str], weights: Items[float], *, renormalize: bool = False) -> np.ndarray:
@@ -118,6 +183,16 @@ def check_weights(names: Items[str], weights: Items[float], *, renormalize: bool
     if abs(total - 1) > 1e-3 and not renormalize:
         raise ValueError(f"weights of {', '.join(names)} sum to {total:g}, expected 1: correct them or set renormalize")
     return values / total
+
+
+def _rows_within(stream: Rows, max_epochs: float) -> int:
+    """The largest number of rows of a corpus that passes no limit, in the arithmetic of `epochs`."""
+    rows = int(max_epochs * stream.rows_per_epoch)
+    while stream.epochs(rows) > max_epochs:
+        rows -= 1
+    while stream.epochs(rows + 1) <= max_epochs:
+        rows += 1
+    return rows
 
 
 def _whole_counts(names: Items[str], weights: np.ndarray, period: int) -> np.ndarray:

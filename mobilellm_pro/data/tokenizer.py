@@ -46,7 +46,9 @@ LLAMA4_INSTALL = "pip install --no-deps llama-models==0.3.0"
 # before it gets there. The limits are those of the published Llama tokenizers: ids of very long documents agree too.
 MAX_CHUNK_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
-_LONG_RUN = re.compile(rf"\S{{{MAX_RUN_CHARS + 1},}}|\s{{{MAX_RUN_CHARS + 1},}}")
+# The look behind makes it linear: without it, a run just below the limit is scanned again from each of its characters.
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN_CHARS + 1},}}|(?<!\s)\s{{{MAX_RUN_CHARS + 1},}}")
+_RUN = re.compile(r"\S+|\s+")
 
 
 class Tokenizer:
@@ -99,10 +101,38 @@ class Tokenizer:
     def encode_array(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
         """Like `encode`, as int32 [tokens]: a document of hundreds of megabytes costs 4 bytes a token, not 36."""
         parts = [np.array([self.bos_id] if bos else [], dtype=np.int32)]
-        parts += [np.array(self._encoding.encode_ordinary(piece), dtype=np.int32) for piece in _pieces(text)]
+        parts += [self.encode_piece(piece) for piece in self.encode_pieces(text)]
         if eos:
             parts.append(np.array([self.eos_id], dtype=np.int32))
         return np.concatenate(parts)
+
+    def encode_pieces(self, text: str) -> Iterator[str]:
+        """Cuts text of any length into pieces whose ids, joined in order, are those of `encode_array(text)`.
+
+        A piece has at most MAX_CHUNK_CHARS characters and no run of spaces or of other characters over MAX_RUN_CHARS.
+        Pieces do not depend on each other, so several threads can encode one long document.
+        """
+        for start in range(0, len(text), MAX_CHUNK_CHARS):
+            chunk = text[start : start + MAX_CHUNK_CHARS]
+            done = 0
+            for run in _LONG_RUN.finditer(chunk) if _has_long_run(chunk) else ():
+                for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                    yield chunk[done:cut]
+                    done = cut
+            yield chunk[done:]
+
+    def encode_piece(self, piece: str) -> np.ndarray:
+        """Ids of one piece of `encode_pieces`, int32 [tokens], read-only; other threads of Python run meanwhile.
+
+        The ids come as a buffer: a list of Python integers would hold the interpreter lock and be copied once more.
+        """
+        try:
+            # () names no special token to refuse: their names in the text are text.
+            ids = self._encoding.encode_to_numpy(piece, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD
+            whole = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = self._encoding.encode_to_numpy(whole, disallowed_special=())
+        return ids.view(np.int32)
 
     def encode_batch(self, texts: Iterable[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
         """`encode` for each text, in order, in this process (`prepare` brings the parallelism)."""
@@ -205,13 +235,14 @@ def _check_ranks(ranks: dict[bytes, int], source: str) -> None:
         )
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts text into pieces of at most MAX_CHUNK_CHARS without a run of spaces or non-spaces over MAX_RUN_CHARS."""
-    for start in range(0, len(text), MAX_CHUNK_CHARS):
-        chunk = text[start : start + MAX_CHUNK_CHARS]
-        done = 0
-        for run in _LONG_RUN.finditer(chunk):
-            for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
-                yield chunk[done:cut]
-                done = cut
-        yield chunk[done:]
+def _has_long_run(chunk: str) -> bool:
+    """False when no run is over MAX_RUN_CHARS, found out by looking at a few characters of ordinary text.
+
+    A run that long covers at least one whole window of half its length, so only windows of one kind need a closer look.
+    """
+    window = MAX_RUN_CHARS // 2
+    for start in range(0, len(chunk) - window + 1, window):
+        run = _RUN.match(chunk, start, start + window)
+        if run and run.end() == start + window:
+            return True
+    return False

@@ -51,9 +51,23 @@ class DistillTrainer(Trainer):
             self.teacher = load_frozen_teacher(job_config.teacher, self.parallel_dims, self.device)
             _, flops = self.teacher.model_args.get_nparams_and_flops(self.teacher, job_config.training.seq_len)
             self.metrics_processor.num_flops_per_token += flops // 3  # forward only
-        self.metrics_processor.tokens_per_corpus = self.dataloader.tokens_per_corpus
+        self.metrics_processor.data_consumed = self.dataloader.consumed
+        self.last_step = self.dataloader.last_step(job_config.training.steps, self.gradient_accumulation_steps)
         if job_config.validation.enable:
             self.validator.evaluate = self.distillation_terms
+
+    def should_continue_training(self) -> bool:
+        """Until the last step, or until a corpus has been read as often as it may."""
+        return self.step < self.last_step
+
+    def train(self) -> None:
+        """torchtitan's loop; a run that the data end before `training.steps` is saved and validated like any other."""
+        super().train()
+        if self.step < self.job_config.training.steps:
+            logger.warning(f"stopped after step {self.step}: the next would pass max_epochs of a corpus")
+            self.checkpointer.save(self.step, last_step=True)
+            if self.job_config.validation.enable:
+                self.validator.validate(self.model_parts, self.step)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor

@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 
 from mobilellm_pro.config.job_config import Data, JobConfig
+from mobilellm_pro.data.best_fit import BestFitRows
 from mobilellm_pro.data.mixture import Mixture, batch
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shards import Corpus
@@ -23,7 +24,9 @@ Row = tuple[dict[str, Tensor], Tensor]
 """({"input" [B, S], "document_ids" [B, S], "corpus" [B]}, labels [B, S])."""
 
 
-def open_mixture(data: Data, split: str, seq_len: int, fingerprint: str | None = None) -> Mixture:
+def open_mixture(
+    data: Data, split: str, seq_len: int, fingerprint: str | None = None, *, check_index: bool = True
+) -> Mixture:
     """Opens all corpora of the configuration.
 
     Args:
@@ -31,12 +34,19 @@ def open_mixture(data: Data, split: str, seq_len: int, fingerprint: str | None =
         split: "train" or "valid".
         seq_len: tokens of a row.
         fingerprint: of the tokenizer that the corpora must have been prepared with.
+        check_index: look at every document's place on disk; preflight does it once for all ranks.
 
     Raises:
         ValueError: a damaged, empty or too small corpus, another tokenizer, unusable weights.
     """
+    rows: type[CorpusStream] | type[BestFitRows] = BestFitRows if data.packing == "best_fit" else CorpusStream
     streams = [
-        CorpusStream(Corpus.open(dataset.path, split, fingerprint=fingerprint), seq_len=seq_len, seed=data.seed)
+        rows(
+            Corpus.open(dataset.path, split, fingerprint=fingerprint, check_index=check_index),
+            seq_len=seq_len,
+            seed=data.seed,
+            max_document_tokens=data.max_document_tokens,
+        )
         for dataset in data.datasets
     ]
     weights = [dataset.weight for dataset in data.datasets]
@@ -78,11 +88,20 @@ class MixtureLoader(BaseDataLoader):
         num_ranks: int,
         *,
         names: Sequence[str] = (),
+        max_epochs: Sequence[float | None] = (),
         **worker_settings: Any,
     ):
+        """
+        Args:
+            mixture: what to read.
+            batch_size: rows of a micro-batch of this rank.
+            rank, num_ranks: among those that read different rows.
+            names: of the corpora, for `consumed`.
+            max_epochs: of each corpus; none without a limit.
+            worker_settings: of torch's DataLoader.
+        """
         self.mixture = mixture
-        self._names = names
-        self._identity = mixture.identity
+        self._names, self._max_epochs = names, max_epochs
         self.next_sequence = 0
         self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
         if not worker_settings.get("num_workers"):
@@ -101,14 +120,27 @@ class MixtureLoader(BaseDataLoader):
             self.next_sequence += sequences
             yield micro_batch
 
-    def tokens_per_corpus(self) -> dict[str, int]:
-        """Tokens of each corpus that all ranks have consumed since the beginning of the run, over restarts too."""
-        counts = self.mixture.counts(self.next_sequence)
-        return {name: int(count) * self.mixture.seq_len for name, count in zip(self._names, counts, strict=True)}
+    def consumed(self) -> dict[str, float]:
+        """What all ranks have read of each corpus since the beginning of the run, over restarts too.
+
+        tokens/<name>: inputs, padding of best-fit rows included; epochs/<name>: passes over the corpus.
+        """
+        counts, epochs = self.mixture.counts(self.next_sequence), self.mixture.epochs(self.next_sequence)
+        found: dict[str, float] = {}
+        for name, rows, passes in zip(self._names, counts, epochs, strict=True):
+            found |= {f"tokens/{name}": int(rows) * self.mixture.seq_len, f"epochs/{name}": round(float(passes), 6)}
+        return found
+
+    def last_step(self, steps: int, accumulation_steps: int) -> int:
+        """The last of `steps` steps that passes no corpus' `max_epochs`."""
+        limit = self.mixture.rows_until(self._max_epochs)
+        if limit is None:
+            return steps
+        return min(steps, limit[0] // (self._batch_size * self._num_ranks * accumulation_steps))
 
     def state_dict(self) -> dict[str, Any]:
         """Index of the first sequence that no step has consumed, and of what mixture."""
-        return {"next_sequence": self.next_sequence, "mixture": self._identity}
+        return {"next_sequence": self.next_sequence, "mixture": self.mixture.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes `state_dict()` of any layout.
@@ -116,9 +148,9 @@ class MixtureLoader(BaseDataLoader):
         Raises:
             ValueError: of another mixture, in which the same number means other rows.
         """
-        if state_dict["mixture"] != self._identity:
+        if state_dict["mixture"] != self.mixture.identity:
             raise ValueError(
-                f"the checkpoint's data were {state_dict['mixture']}, the configuration's are {self._identity}: "
+                f"the checkpoint's data were {state_dict['mixture']}, the configuration's are {self.mixture.identity}: "
                 "restore them, or start a new job.dump_folder with checkpoint.initial_load_path"
             )
         self.next_sequence = state_dict["next_sequence"]
@@ -126,14 +158,16 @@ class MixtureLoader(BaseDataLoader):
 
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> MixtureLoader:
     """torchtitan's hook."""
-    mixture = open_mixture(job_config.data, "train", job_config.training.seq_len, tokenizer.fingerprint)
+    data, seq_len = job_config.data, job_config.training.seq_len
+    mixture = open_mixture(data, "train", seq_len, tokenizer.fingerprint, check_index=False)
     settings = job_config.training.dataloader
     return MixtureLoader(
         mixture,
         job_config.training.local_batch_size,
         dp_rank,
         dp_world_size,
-        names=[dataset.name for dataset in job_config.data.datasets],
+        names=[dataset.name for dataset in data.datasets],
+        max_epochs=[dataset.max_epochs for dataset in data.datasets],
         num_workers=settings.num_workers,
         pin_memory=settings.pin_memory,
         persistent_workers=settings.persistent_workers,

@@ -1,4 +1,4 @@
-"""torchtitan's metrics with those of a distillation: kl, ce, teacher cross entropy and entropy, tokens per corpus.
+"""torchtitan's metrics with those of a distillation: the terms of the loss, tokens and epochs per corpus.
 
 Sums are added up on the device between two logs and reduced over the mesh once a log, so a step that is not logged
 costs no synchronisation.
@@ -47,8 +47,8 @@ class TermSums:
 class DistillMetrics(MetricsProcessor):
     """Adds this project's numbers to torchtitan's log, TensorBoard events and metrics.jsonl."""
 
-    tokens_per_corpus: Callable[[], dict[str, int]]
-    """The loader's count; the trainer sets it."""
+    data_consumed: Callable[[], dict[str, float]]
+    """The loader's count of tokens and epochs; the trainer sets it."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
@@ -79,7 +79,7 @@ class DistillMetrics(MetricsProcessor):
         if not self.has_teacher:
             terms = {"ce": terms["ce"]}
         extra |= {f"distill/{name}": value for name, value in terms.items()}
-        extra |= {f"tokens/{name}": count for name, count in self.tokens_per_corpus().items()}
+        extra |= self.data_consumed()
         tokens_per_second = self._tokens_per_second()
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
         if self.has_teacher:  # else the loss, which torchtitan's line has, is all there is

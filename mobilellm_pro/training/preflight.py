@@ -14,6 +14,7 @@ from torchtitan.tools.utils import device_type
 
 from mobilellm_pro.config import check_machine, check_world_size
 from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint
 from mobilellm_pro.model.hugging_face import read_config, teacher_args, tensor_problems
@@ -93,19 +94,36 @@ def _datasets(config: JobConfig, world_size: int) -> Iterator[str]:
         fingerprint = _load_tokenizer(config.data.tokenizer).fingerprint
     except (ValueError, OSError):
         return  # reported by _tokenizer
-    open_mixture(config.data, "train", config.training.seq_len, fingerprint)
+    mixture = open_mixture(config.data, "train", config.training.seq_len, fingerprint)
+    yield from _max_epochs(config, mixture, world_size)
     if not config.validation.enable:
         return
     settings = config.validation
     mixture = open_mixture(config.data, "valid", settings.seq_len, fingerprint)
     rows = settings.steps * settings.local_batch_size * _batch_ranks(config, world_size)
     for dataset, stream, share in zip(config.data.datasets, mixture.streams, mixture.weights, strict=True):
-        wanted, held_out = int(rows * share) * settings.seq_len, stream.corpus.num_tokens
+        wanted, held_out = int(rows * share), int(stream.rows_per_epoch)
         if wanted > held_out:
             yield (
-                f"validation asks for {wanted:,} held-out tokens of {dataset.name}, {dataset.path} has {held_out:,}: "
+                f"validation asks for {wanted:,} held-out rows of {dataset.name}, {dataset.path} has {held_out:,}: "
                 "lower validation.steps, or prepare the corpus with a larger holdout"
             )
+
+
+def _max_epochs(config: JobConfig, mixture: Mixture, world_size: int) -> Iterator[str]:
+    limit = mixture.rows_until([dataset.max_epochs for dataset in config.data.datasets])
+    training = config.training
+    rows_per_step = training.global_batch_size
+    if rows_per_step < 0:
+        rows_per_step = training.local_batch_size * _batch_ranks(config, world_size)
+    if limit is None or limit[0] >= training.steps * rows_per_step:
+        return
+    step = limit[0] // rows_per_step
+    if config.data.on_max_epochs == "error" or step == 0:
+        yield (
+            f"data.datasets: {limit[1]} passes its max_epochs after step {step:,} of {training.steps:,}: give it more "
+            'text, a lower weight or more epochs, lower training.steps, or set data.on_max_epochs = "stop"'
+        )
 
 
 def _teacher(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.training.distill_trainer import DistillTrainer
 from mobilellm_pro.training.preflight import problems
-from mobilellm_pro.training.run_folder import describe_environment, read_metrics, write_atomically
+from mobilellm_pro.training.run_folder import describe_data, describe_environment, read_metrics, write_atomically
 from mobilellm_pro.training.train_spec import register
 
 
@@ -36,14 +36,14 @@ def train(config: JobConfig, config_path: str) -> None:
     """
     _default_environment()
     world_size = int(os.environ["WORLD_SIZE"])
-    found = problems(config, world_size)
-    if found:
-        raise JobError(config_path, found)
     folder = Path(config.job.dump_folder)
     init_logger()
     if _finished(folder, config):
-        logger.info(f"{folder} is DONE at step {config.training.steps}; raise training.steps to go on with it")
+        logger.info(f"{folder} is DONE; raise training.steps to go on with it")
         return
+    found = problems(config, world_size)
+    if found:
+        raise JobError(config_path, found)
     if os.environ["RANK"] == "0":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "DONE").unlink(missing_ok=True)
@@ -53,12 +53,14 @@ def train(config: JobConfig, config_path: str) -> None:
     register()
     start = time.monotonic()
     trainer = DistillTrainer(config)
+    if dist.get_rank() == 0:
+        write_atomically(folder / "data.json", json.dumps(describe_data(config, trainer.dataloader.mixture), indent=2))
     try:
         trainer.train()
     finally:
         trainer.close()
     if dist.get_rank() == 0:
-        _write_done(folder, config, time.monotonic() - start)
+        _write_done(folder, config, trainer.step, time.monotonic() - start)
     dist.destroy_process_group()
 
 
@@ -80,7 +82,7 @@ def _finished(folder: Path, config: JobConfig) -> bool:
         JobError: the folder holds a finished run of another configuration; the keys that differ are named.
     """
     done = folder / "DONE"
-    if not done.is_file() or json.loads(done.read_text())["steps"] < config.training.steps:
+    if not done.is_file() or json.loads(done.read_text())["configured_steps"] < config.training.steps:
         return False
     before, now = (tomllib.loads(text) for text in ((folder / "config.toml").read_text(), resolved_toml(config)))
     changed = [
@@ -110,11 +112,12 @@ def _remove_torn_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _write_done(folder: Path, config: JobConfig, seconds: float) -> None:
+def _write_done(folder: Path, config: JobConfig, step: int, seconds: float) -> None:
     validations = read_metrics(folder, "validation") if config.validation.enable else []
     checkpoint = latest_checkpoint(folder / config.checkpoint.folder) if config.checkpoint.enable else None
     record = {
-        "steps": config.training.steps,
+        "steps": step,
+        "configured_steps": config.training.steps,  # more than `steps` where data.on_max_epochs stopped the run
         "wall_seconds_of_last_start": round(seconds, 1),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "validation": validations[-1] if validations else None,

@@ -2,6 +2,7 @@
 
 config.toml      the resolved configuration of the latest start
 environment.json package versions, commit, hardware, world size, command line
+data.json        what the rows are drawn from: corpora, weights, checksums
 metrics.jsonl    one line a logged step or validation; after a resume, later lines of a step replace earlier ones
 DONE             written last: steps, wall seconds, checkpoint and the last validation
 """
@@ -14,6 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.data.mixture import Mixture
 
 PACKAGES = ("torch", "torchtitan", "torchdata", "tiktoken", "safetensors", "numpy", "mobilellm-pro")
 
@@ -43,6 +47,25 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "commit": commit(),
         "command": sys.argv,
     }
+
+
+def describe_data(config: JobConfig, mixture: Mixture) -> dict[str, Any]:
+    """The mixture as it is in force, for whoever asks a year later what a model has read."""
+    corpora = []
+    for dataset, stream, weight in zip(config.data.datasets, mixture.streams, mixture.weights, strict=True):
+        corpus = stream.corpus
+        corpora.append(
+            {
+                "name": dataset.name,
+                "path": str(Path(dataset.path).resolve()),
+                "weight": float(weight),
+                "documents": corpus.num_documents,
+                "tokens": corpus.num_tokens,
+                "tokenizer_fingerprint": corpus.manifest.fingerprint,
+                "shards_sha256": [record.bin_sha256 for record in corpus.manifest.shards[corpus.split]],
+            }
+        )
+    return {"identity": mixture.identity, "corpora": corpora}
 
 
 def processor_name() -> str:

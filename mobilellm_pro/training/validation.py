@@ -51,7 +51,7 @@ class HeldOutValidator(BaseValidator):
         self.metrics_processor = metrics_processor
         self.has_teacher = job_config.distill.objective != "ce"
         settings = job_config.validation
-        mixture = open_mixture(job_config.data, "valid", settings.seq_len, tokenizer.fingerprint)
+        mixture = open_mixture(job_config.data, "valid", settings.seq_len, tokenizer.fingerprint, check_index=False)
         self._loader = MixtureLoader(mixture, settings.local_batch_size, dp_rank, dp_world_size)
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device_type)
 

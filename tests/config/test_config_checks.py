@@ -50,6 +50,8 @@ CASES = [
     ({"data__datasets": [Dataset("a", "", 1.0)]}, "data.datasets[0].path"),
     ({"data__datasets": [Dataset("", "a", 1.0)]}, "data.datasets[0].name"),
     ({"data__datasets": [Dataset("a", "a", 1.0), Dataset("b", "b", 0.0)]}, "data.datasets[1].weight"),
+    ({"data__datasets": [Dataset("a", "a", 1.0, max_epochs=0.0)]}, "data.datasets[0].max_epochs"),
+    ({"data__max_document_tokens": 0}, "data.max_document_tokens"),
     ({"training__steps": 0, "lr_scheduler__warmup_steps": 0}, "training.steps"),
     ({"training__global_batch_size": 12}, "training.global_batch_size"),
     ({"training__global_batch_size": 0}, "training.global_batch_size"),

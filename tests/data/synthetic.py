@@ -66,6 +66,14 @@ def write_toml(folder: Path, names: tuple[str, ...], **settings: object) -> Path
     return path
 
 
+def write_text(folder: Path, texts: dict[str, str], name: str = "a") -> Path:
+    """Writes `<folder>/text/<name>.jsonl` with one line per id and text."""
+    path = folder / "text" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in texts.items()))
+    return path
+
+
 def _document(rng: random.Random, corpus: int, sentences: int) -> str:
     """Sentences about one noun that is repeated through the document; odd corpora turn the order of the words."""
     subject = rng.choice(_NOUNS)

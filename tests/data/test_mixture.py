@@ -7,24 +7,28 @@ import numpy as np
 import pytest
 import torch
 
-from mobilellm_pro.data.mixture import IGNORE, Mixture, batch, check_weights
+from mobilellm_pro.data.best_fit import BestFitRows
+from mobilellm_pro.data.mixture import Mixture, batch, check_weights
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shards import Corpus
-from tests.data.synthetic import make_corpora
+from tests.data.shard_files import random_documents, write_corpus
 
 PAPER = [89.75, 4.66, 1.92, 1.35, 1.02, 1.02, 0.24]
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Corpus]:
-    folders = make_corpora(tmp_path_factory.mktemp("mixture"), ("a", "b", "c"), documents=60)
-    return [Corpus.open(folder) for folder in folders.values()]
+    folder = tmp_path_factory.mktemp("mixture")
+    return [
+        Corpus.open(write_corpus(folder / name, random_documents(60, 50, seed=seed), per_shard=20, vocab_size=1000))
+        for seed, name in enumerate("abc")
+    ]
 
 
 def make_mixture(
-    corpora: list[Corpus], weights: list[float], *, seq_len: int = 32, seed: int = 1, **options
+    corpora: list[Corpus], weights: list[float], *, seq_len: int = 32, seed: int = 1, rows=CorpusStream, **options
 ) -> Mixture:
-    streams = [CorpusStream(corpora[i % len(corpora)], seq_len=seq_len, seed=seed) for i in range(len(weights))]
+    streams = [rows(corpora[i % len(corpora)], seq_len=seq_len, seed=seed) for i in range(len(weights))]
     return Mixture(streams, weights, seed=seed, **options)
 
 
@@ -52,36 +56,77 @@ def test_every_row_of_a_corpus_once_and_in_order(corpora: list[Corpus]):
     np.testing.assert_allclose(mixture.epochs(3500), passed)
 
 
-def test_rows_are_a_function_of_seed_and_number(corpora: list[Corpus]):
+@pytest.mark.parametrize("rows", [CorpusStream, BestFitRows])
+def test_rows_are_a_function_of_seed_and_number(corpora: list[Corpus], rows: type):
     """However ranks and batches cut the rows, and in whichever process."""
-    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows)
     whole = batch(mixture, 40, 24)
     for ranks in (2, 3, 4, 8):
         size = 24 // ranks
-        fresh = pickle.loads(pickle.dumps(make_mixture(corpora, [0.5, 0.3, 0.2])))
+        fresh = pickle.loads(pickle.dumps(make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows)))
         parts = {rank: batch(fresh, 40 + rank * size, size) for rank in reversed(range(ranks))}
         for key, value in whole.items():
             assert torch.equal(torch.cat([parts[rank][key] for rank in range(ranks)]), value)
-    other = batch(make_mixture(corpora, [0.5, 0.3, 0.2], seed=2), 40, 24)
+    other = batch(make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows, seed=2), 40, 24)
     assert not torch.equal(other["input"], whole["input"])
 
 
-def test_batch(corpora: list[Corpus]):
-    """Against the definition: labels are the next tokens, none across a document border."""
-    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
-    rows = batch(mixture, 0, 6)
+@pytest.mark.parametrize("rows", [CorpusStream, BestFitRows])
+def test_batch(corpora: list[Corpus], rows: type):
+    """Each row is what the corpus of its place writes into empty memory."""
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows)
+    found = batch(mixture, 0, 6)
     kinds = {"input": torch.int64, "labels": torch.int64, "document_ids": torch.int32, "corpus": torch.int32}
-    assert {key: value.dtype for key, value in rows.items()} == kinds
-    assert rows["input"].shape == rows["labels"].shape == rows["document_ids"].shape == (6, 32)
+    assert {key: value.dtype for key, value in found.items()} == kinds
+    assert found["input"].shape == found["labels"].shape == found["document_ids"].shape == (6, 32)
     for b in range(6):
         corpus, row = mixture.place(b)
-        tokens = mixture.streams[corpus].sequence(row).tokens.tolist()
-        assert rows["corpus"][b] == corpus
-        assert rows["input"][b].tolist() == tokens[:-1]
-        # bos (4077) begins every document, so it must never be predicted.
-        assert rows["labels"][b].tolist() == [IGNORE if token == 4077 else token for token in tokens[1:]]
-        ordinals = np.cumsum([0, *(token == 4077 for token in tokens[1:-1])])
-        assert rows["document_ids"][b].tolist() == ordinals.tolist()
+        alone = [torch.zeros(32, dtype=kinds[key]) for key in ("input", "labels", "document_ids")]
+        mixture.streams[corpus].fill(row, *(tensor.numpy() for tensor in alone))
+        assert found["corpus"][b] == corpus
+        for key, tensor in zip(("input", "labels", "document_ids"), alone, strict=True):
+            assert torch.equal(found[key][b], tensor)
+
+
+def test_identity(corpora: list[Corpus]):
+    """Checkpoints hold it: the words of the defaults must stay, and every option must change them."""
+    tokens = [corpus.num_tokens for corpus in corpora]
+    shares = f"a:{tokens[0]}x0.5, b:{tokens[1]}x0.3, c:{tokens[2]}x0.2"
+    words = f"seed 1, seq_len 32, corpora (tokens x weight) {shares}"
+    assert make_mixture(corpora, [0.5, 0.3, 0.2]).identity == words
+    streams = [
+        CorpusStream(corpora[0], seq_len=32, seed=1, max_document_tokens=20),
+        BestFitRows(corpora[1], seq_len=32, seed=1),
+    ]
+    words = f"a:{tokens[0]}x0.5 (max_document_tokens 20), b:{tokens[1]}x0.5 (best_fit)"
+    assert Mixture(streams, [0.5, 0.5], seed=1).identity.endswith(words)
+
+
+@pytest.mark.parametrize("rows", [CorpusStream, BestFitRows])
+@pytest.mark.parametrize(
+    "limits", [[1.0, None, None], [0.5, 0.7, 2.5], [3, 2, 1], [None, None, 1e-9], [None, 7.3, None]]
+)
+def test_rows_until(corpora: list[Corpus], limits: list[float | None], rows: type):
+    """Against walking: the longest start of the mixture that passes no limit."""
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows, period=100)
+    end, name = mixture.rows_until(limits)
+    passed = [
+        np.array([np.inf if limit is None else limit for limit in limits]) < mixture.epochs(n) for n in (end, end + 1)
+    ]
+    assert not passed[0].any()
+    assert [n for n, over in zip("abc", passed[1], strict=True) if over] == [name]
+    assert mixture.rows_until(dict(zip("abc", limits, strict=True))) == (end, name)
+
+
+def test_rows_without_limits(corpora: list[Corpus]):
+    mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
+    assert mixture.rows_until([None] * 3) is mixture.rows_until({}) is mixture.rows_until(()) is None
+    with pytest.raises(ValueError, match="corpus 'b': max_epochs = 0, expected more than 0"):
+        mixture.rows_until([None, 0, None])
+    with pytest.raises(ValueError, match=r"names \['d'\], the corpora are"):
+        mixture.rows_until({"d": 1})
+    with pytest.raises(ValueError, match="2 limits for 3 corpora"):
+        mixture.rows_until([1, 2])
 
 
 @pytest.mark.parametrize(

@@ -4,78 +4,88 @@ import dataclasses
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mobilellm_pro.data.manifest import Manifest, read_manifest, write_manifest
-from mobilellm_pro.data.shard_index import read_index
-from mobilellm_pro.data.shard_writer import ShardWriter
+from mobilellm_pro.data import manifest, shard_index
+from mobilellm_pro.data.shard_index import ShardIndex, write_index
 from mobilellm_pro.data.shards import Corpus
+from tests.data import shard_files
 from tests.data.synthetic import make_corpora
 
 DOCUMENTS = [[7, 1, 2, 8], [7, 8], [7, 3, 3, 3, 3, 8], [7, 4, 8]]
+LENGTHS = np.array([4, 2, 6, 3], dtype=np.int32)
 
 
-def write_corpus(folder: Path, *, shard_tokens: int = 8, vocab_size: int = 10) -> Path:
-    """DOCUMENTS as the training split, nothing held out."""
-    with ShardWriter(folder, "train", shard_tokens=shard_tokens) as writer:
-        for number, ids in enumerate(DOCUMENTS):
-            writer.add(np.array(ids, dtype=np.int32), f"doc{number}")
-    shards = {"train": writer.records, "valid": []}
-    write_manifest(folder, Manifest("t.model", "f" * 64, vocab_size, {}, [], shards, {"train": 40, "valid": 0}))
-    return folder
+def write_corpus(folder: Path, **options) -> Path:
+    return shard_files.write_corpus(folder, DOCUMENTS, **options)
 
 
-def test_bytes_of_the_index(tmp_path: Path):
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+def test_bytes_of_the_index(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch):
     """Built by hand from the public description of the format."""
-    with ShardWriter(tmp_path, "train", shard_tokens=100) as writer:
-        for number, ids in enumerate(DOCUMENTS):
-            writer.add(np.array(ids, dtype=np.int32), f"doc{number}")
+    monkeypatch.setattr(shard_index, "_CHUNK_DOCUMENTS", chunk)
+    write_index(tmp_path / "a.idx", LENGTHS)
     expected = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", 4)
     expected += struct.pack("<Q", 4) + struct.pack("<Q", 5)
     expected += struct.pack("<4i", 4, 2, 6, 3)
     expected += struct.pack("<4q", 0, 16, 24, 48)
     expected += struct.pack("<5q", 0, 1, 2, 3, 4)
-    assert (tmp_path / "train-00000.idx").read_bytes() == expected
-    assert (tmp_path / "train-00000.bin").read_bytes() == struct.pack("<15i", *sum(DOCUMENTS, []))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-00000.bin", "train-00000.idx"]
+    assert (tmp_path / "a.idx").read_bytes() == expected
+    (tmp_path / "a.bin").write_bytes(bytes(60))
+    assert ShardIndex.open(tmp_path / "a.idx").num_tokens == 15
 
 
-def test_reads_documents_of_several_sequences(tmp_path: Path):
-    """Other writers put several sequences into one document."""
-    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 3)
-    index += struct.pack("<3i", 2, 1, 4) + struct.pack("<3q", 0, 8, 12) + struct.pack("<3q", 0, 2, 3)
+def test_documents_may_lie_anywhere(tmp_path: Path):
+    """An index may leave out documents of its .bin, and name them in any order."""
+    ids = np.arange(20, dtype="<u2")
+    (tmp_path / "a.bin").write_bytes(ids.tobytes())
+    write_index(tmp_path / "a.idx", LENGTHS[:3], starts=np.array([14, 1, 5]), dtype=np.uint16)
+    index = ShardIndex.open(tmp_path / "a.idx")
+    assert (index.dtype, index.num_tokens) == (np.uint16, 12)
+    assert (index.lengths.tolist(), index.pointers.tolist()) == ([4, 2, 6], [28, 2, 10])
+
+
+def test_documents_of_several_sequences(tmp_path: Path):
+    """Other writers put several sequences into one document; `prepare` imports them."""
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 3)
+    index = header + struct.pack("<3i", 2, 1, 4) + struct.pack("<3q", 0, 8, 12) + struct.pack("<3q", 0, 2, 3)
     (tmp_path / "other.idx").write_bytes(index)
     (tmp_path / "other.bin").write_bytes(bytes(28))
-    assert read_index(tmp_path / "other.idx").tolist() == [3, 4]
+    with pytest.raises(ValueError, match=r"other\.idx: 3 sequences and 3 document borders.*import the corpus"):
+        ShardIndex.open(tmp_path / "other.idx")
 
 
-@pytest.mark.parametrize("shard_tokens", [6, 8, 100])
-def test_round_trip(tmp_path: Path, shard_tokens: int):
-    corpus = Corpus.open(write_corpus(tmp_path, shard_tokens=shard_tokens))
+@pytest.mark.parametrize("dtype", ["int32", "uint16"])
+@pytest.mark.parametrize("per_shard", [1, 3, 100])
+def test_round_trip(tmp_path: Path, per_shard: int, dtype: str):
+    corpus = Corpus.open(write_corpus(tmp_path, per_shard=per_shard, dtype=dtype))
     assert (corpus.num_documents, corpus.num_tokens) == (4, 15)
-    assert corpus.document_lengths.tolist() == [4, 2, 6, 3]
     for number, ids in enumerate(DOCUMENTS):
+        assert corpus.tokens(number, 0, len(ids)).dtype == dtype
         assert corpus.tokens(number, 0, len(ids)).tolist() == ids
         assert corpus.tokens(number, 1, len(ids) - 1).tolist() == ids[1:-1]
+    for first in range(5):
+        for last in range(first, 5):
+            assert corpus.lengths(first, last).tolist() == LENGTHS[first:last].tolist()
+    shards, begins, lengths = corpus.locate(np.array([3, 0, 3, 2]))
+    found = [corpus.shard_ids[s][b : b + n].tolist() for s, b, n in zip(shards, begins, lengths, strict=True)]
+    assert found == [DOCUMENTS[3], DOCUMENTS[0], DOCUMENTS[3], DOCUMENTS[2]]
     corpus.verify()
     copy = pickle.loads(pickle.dumps(corpus))
     assert copy.tokens(2, 0, 6).tolist() == DOCUMENTS[2]
     assert len(pickle.dumps(corpus)) < 3000, "a worker gets the folder, not the tokens"
 
 
-def write_documents(folder: Path, lengths: list[int]) -> None:
-    with ShardWriter(folder, "train", shard_tokens=8) as writer:
-        for length in lengths:
-            writer.add(np.arange(length, dtype=np.int32), f"of length {length}")
-
-
-def test_document_longer_than_a_shard(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'of length 9' has 9 tokens, more than shard_tokens = 8: raise shard_tokens"):
-        write_documents(tmp_path, [2, 9])
-    assert not list(tmp_path.iterdir()), "the unfinished shard is gone"
+def test_verify_reports_bytes(tmp_path: Path):
+    write_corpus(tmp_path)
+    done: list[int] = []
+    Corpus.open(tmp_path).verify(done.append)
+    assert sum(done) == sum(path.stat().st_size for path in tmp_path.glob("train-*"))
 
 
 def test_missing_manifest(tmp_path: Path):
@@ -92,8 +102,9 @@ def test_damaged_manifest(tmp_path: Path, content: str):
 
 def test_manifest_of_another_version(tmp_path: Path):
     write_corpus(tmp_path)
-    write_manifest(tmp_path, dataclasses.replace(read_manifest(tmp_path), version=2))
-    with pytest.raises(ValueError, match="version 2, expected 1"):
+    version = manifest.VERSION + 1
+    manifest.write_manifest(tmp_path, dataclasses.replace(manifest.read_manifest(tmp_path), version=version))
+    with pytest.raises(ValueError, match=f"version {version}, expected {manifest.VERSION}"):
         Corpus.open(tmp_path)
 
 
@@ -101,7 +112,8 @@ def test_truncated_bin(tmp_path: Path):
     file = write_corpus(tmp_path) / "train-00000.bin"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(
-        ValueError, match=r"train-00000\.bin: 20 bytes, but train-00000\.idx describes 24.*run `prepare`"
+        ValueError,
+        match=r"train-00000\.bin: 20 bytes, but train-00000\.idx puts document 1 at bytes 16 to 24.*`prepare`",
     ):
         Corpus.open(tmp_path)
 
@@ -117,13 +129,17 @@ def damage(path: Path, offset: int, content: bytes) -> None:
     [
         (0, b"X", "not an index of version 1"),
         (9, struct.pack("<Q", 2), "not an index of version 1"),
-        (17, b"\x08", r"type code 8, expected 4 \(int32\)"),
+        (17, b"\x05", r"type code 5, expected 4 \(int32\) or 8 \(uint16\)"),
         (18, struct.pack("<Q", 10**6), "bytes, expected 12000"),
-        (42, struct.pack("<q", 4000), "sequence 0 points to byte 4000, outside"),
-        (50, struct.pack("<q", 4), "sequence 1 points to byte 4"),
-        (34, struct.pack("<i", -4), "sequence 0 points to byte 0|sequence 1 points"),
-        (58, struct.pack("<q", 1), "document borders do not run from 0 to 2"),
-        (74, struct.pack("<q", 3), "document borders do not run from 0 to 2"),
+        (42, struct.pack("<q", 4000), r"train-00000\.bin: 24 bytes, but .* document 0 at bytes 4000 to 4016"),
+        (42, struct.pack("<q", 2**63 - 4), "document 0 at bytes 9223372036854775804 to"),
+        (42, struct.pack("<q", -4), "document 0 begins at byte -4 of .*expected a multiple of 4"),
+        (50, struct.pack("<q", 5), "document 1 begins at byte 5 of .*expected a multiple of 4"),
+        (38, struct.pack("<i", 3), r"document 1 at bytes 16 to 28; truncated"),
+        (34, struct.pack("<i", -4), "document 0 has -4 tokens"),
+        (38, struct.pack("<i", 1), "2 documents and 5 tokens, the manifest says 2 and 6"),
+        (66, struct.pack("<q", 0), "document 1 begins with sequence 0, expected one sequence a document"),
+        (74, struct.pack("<q", 3), "document 2 begins with sequence 3"),
     ],
 )
 def test_damaged_index(tmp_path: Path, offset: int, content: bytes, message: str):
@@ -133,12 +149,39 @@ def test_damaged_index(tmp_path: Path, offset: int, content: bytes, message: str
     assert "train-00000.idx" in str(error.value)
 
 
+def test_open_without_a_check(tmp_path: Path):
+    """What costs time for a large corpus is left out; headers and sizes are not."""
+    damage(write_corpus(tmp_path) / "train-00000.idx", 42, struct.pack("<q", 4000))
+    assert Corpus.open(tmp_path, check_index=False).tokens(1, 0, 2).tolist() == DOCUMENTS[1]
+    damage(tmp_path / "train-00000.idx", 9, struct.pack("<Q", 2))
+    with pytest.raises(ValueError, match="not an index of version 1"):
+        Corpus.open(tmp_path, check_index=False)
+
+
 def test_truncated_index(tmp_path: Path):
     file = write_corpus(tmp_path) / "train-00000.idx"
     for size in (0, 20, 40):
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(ValueError, match=r"train-00000\.idx"):
             Corpus.open(tmp_path)
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_more_shards_than_open_files(tmp_path: Path, more: int):
+    """The soft limit of the process is raised as far as it may be; then the error says what to do."""
+    shard_files.write_corpus(tmp_path, [[1]] * 60, per_shard=1)
+    script = (
+        "import os, resource, sys\n"
+        "from mobilellm_pro.data.shards import Corpus\n"
+        "held = len(os.listdir('/proc/self/fd')) + 40\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (held, held + int(sys.argv[2])))\n"
+        "print(Corpus.open(sys.argv[1]).num_tokens)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(more)], capture_output=True, text=True)
+    if more:
+        assert run.stdout == "60\n", run.stderr
+    else:
+        assert f"ValueError: {tmp_path}: its 60 shards need two open files each" in run.stderr
 
 
 def test_missing_shard(tmp_path: Path):
@@ -180,7 +223,7 @@ def test_verify_finds_changed_tokens(tmp_path: Path):
     with pytest.raises(ValueError, match=r"train-00001\.bin: sha256 differs"):
         Corpus.open(tmp_path).verify()
     damage(tmp_path / "train-00001.bin", 4, struct.pack("<i", 12))
-    with pytest.raises(ValueError, match="id 12 is outside the vocabulary of 10"):
+    with pytest.raises(ValueError, match=r"train-00001\.bin: id 12 at token 1 is outside the vocabulary of 10"):
         Corpus.open(tmp_path).verify()
 
 

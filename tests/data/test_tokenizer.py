@@ -4,6 +4,7 @@ import base64
 import pickle
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.special_tokens import LLAMA4_RANKS, special_names
-from mobilellm_pro.data.tokenizer import MAX_CHUNK_CHARS, Tokenizer, find_llama4_file
+from mobilellm_pro.data.tokenizer import MAX_CHUNK_CHARS, MAX_RUN_CHARS, Tokenizer, find_llama4_file
 from tests.data.synthetic import DEBUG_TOKENIZER
 
 TEXTS = [
@@ -56,10 +57,33 @@ def test_encode_batch_and_array_agree(tokenizer: Tokenizer):
     assert tokenizer.encode_array("x").dtype == np.int32
 
 
+def test_pieces_joined_are_the_document(tokenizer: Tokenizer):
+    """Also in two threads at once, with runs at the limit and surrogates that UTF-8 cannot hold."""
+    limit = MAX_RUN_CHARS
+    runs = ["x" * limit, " " * limit, "x" * (limit + 1), " " * (2 * limit + 1), "y" * (limit // 2), "a\ud800b"]
+    text = "".join(f"{run} {other}\n" for run in runs for other in TEXTS) * 2
+    pieces = list(tokenizer.encode_pieces(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > len(text) // MAX_CHUNK_CHARS
+    assert max(len(run) for piece in pieces for run in piece.split()) == limit
+    with ThreadPoolExecutor(2) as pool:
+        ids = list(pool.map(tokenizer.encode_piece, pieces))
+    assert {part.dtype for part in ids} == {np.dtype(np.int32)}
+    expected = [token for piece in pieces for token in tokenizer._encoding.encode_ordinary(piece)]
+    assert np.concatenate(ids).tolist() == expected == tokenizer.encode_array(text).tolist()
+
+
 def test_special_names_in_text_are_text(tokenizer: Tokenizer):
     ids = tokenizer.encode("a <|end_of_text|> b<|eot|>")
     assert not set(ids) & set(tokenizer.special_ids.values())
     assert tokenizer.decode(ids) == "a <|end_of_text|> b<|eot|>"
+
+
+@pytest.mark.parametrize("run", ["a" * (MAX_RUN_CHARS - 1) + " ", " " * (MAX_RUN_CHARS - 1) + "a"])
+def test_runs_below_the_limit_are_cut_in_linear_time(tokenizer: Tokenizer, run: str):
+    start = time.monotonic()
+    assert sum(map(len, tokenizer.encode_pieces(run * 80))) == 2_000_000
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000 + "x", "\n" * 500_000, "ab c" * 300_000])

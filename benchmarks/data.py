@@ -1,0 +1,336 @@
+"""The data engine against its promises and against other loaders, in one run.
+
+    bash launch/quickstart.sh                                  # or any prepared corpora: makes text and tokens
+    python benchmarks/data.py --write benchmarks/results/data_<hardware>_<yyyymm>.md
+    python benchmarks/data.py --only loader --repeats 5
+
+order     one hash of the token stream of 200 global steps, for 1, 2, 3, 4 and 8 ranks, with 0 and 2 workers each, and
+          with a new loader from the saved state after every 7th step
+loader    tokens a second of core time (all threads of the process): ours; torchtitan's text loader, which tokenizes as
+          it goes; `datasets` streaming and interleaving parquet files whose tokens were made ahead
+tokenize  `prepare` against tiktoken alone in as many processes, on the same text, in turns
+document  most resident memory of `prepare` and its workers while a document of 200 MB is among the input
+open      a corpus of 20 million documents (an index, and a .bin without content): seconds and memory to open it
+
+Times are ratios within one run; every loader reads the same corpora.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe
+
+from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.data.dataset_config import load_datasets_config
+from mobilellm_pro.data.documents import read_documents
+from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
+from mobilellm_pro.data.manifest import Manifest, ShardRecord, write_manifest
+from mobilellm_pro.data.mixture import Mixture
+from mobilellm_pro.data.packing import CorpusStream
+from mobilellm_pro.data.shard_index import write_index
+from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.training.loader import MixtureLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASETS_TOML = ROOT / "train_configs/debug/datasets.toml"
+WEIGHTS = {"encyclopedia": 0.4, "code": 0.3, "questions": 0.15, "mathematics": 0.1, "manuals": 0.05}
+
+
+def mixture(folder: Path, seq_len: int) -> Mixture:
+    """The debug corpora with unequal weights."""
+    streams = [CorpusStream(Corpus.open(folder / name), seq_len=seq_len, seed=1) for name in WEIGHTS]
+    return Mixture(streams, list(WEIGHTS.values()), seed=1)
+
+
+# order
+
+
+def order(folder: Path, work: Path, repeats: int) -> list[str]:
+    """Rows of a table: one hash a layout."""
+    lines = ["| ranks | workers | new loader every | sha256 of 200 steps |", "|---|---|---|---|"]
+    hashes = set()
+    for ranks in (1, 2, 3, 4, 8):
+        for workers, restart in ((0, None), (2, None), (0, 7), (2, 7)):
+            digest = order_hash(mixture(folder, 256), ranks, workers, restart)
+            hashes.add(digest)
+            lines.append(f"| {ranks} | {workers} | {f'{restart} steps' if restart else '–'} | {digest[:16]} |")
+    assert len(hashes) == 1, "the order depends on the layout"
+    return lines
+
+
+def order_hash(rows: Mixture, ranks: int, workers: int, restart: int | None, steps: int = 200) -> str:
+    """sha256 of inputs, labels and document ids of all global steps of 24 rows, rank after rank."""
+    digest = hashlib.sha256()
+    done = 0
+    states: list[dict | None] = [None] * ranks
+    while done < steps:
+        loaders = [MixtureLoader(rows, 24 // ranks, rank, ranks, num_workers=workers) for rank in range(ranks)]
+        for loader, state in zip(loaders, states, strict=True):
+            if state is not None:
+                loader.load_state_dict(state)
+        iterators = [iter(loader) for loader in loaders]
+        for _ in range(min(restart or steps, steps - done)):
+            for iterator in iterators:
+                inputs, labels = next(iterator)
+                for tensor in (inputs["input"], labels, inputs["document_ids"]):
+                    digest.update(tensor.numpy().tobytes())
+            done += 1
+        states = [loader.state_dict() for loader in loaders]
+    return digest.hexdigest()
+
+
+# loader
+
+
+def loader(folder: Path, work: Path, repeats: int) -> list[str]:
+    """Tokens a second of core time of each loader, interleaved, at two lengths."""
+    lines = ["| tokens a row | loader | tokens/s of core time (least, most) | ours is faster by |", "|---|---|---|---|"]
+    makers = {"ours": ours, "torchtitan text loader": torchtitan_text, "datasets interleave, tokenized": interleave}
+    prepare_peers(folder, work)
+    for seq_len in (2048, 131072):
+        speeds: dict[str, list[float]] = {name: [] for name in makers}
+        for _ in range(repeats):
+            for name, make in makers.items():
+                # Ours would be over before the clock has moved.
+                tokens = 2**26 if name == "ours" else 2**20 if "torchtitan" in name else 2**22
+                speeds[name].append(core_speed(partial(make, folder, work, seq_len), seq_len, tokens))
+        best = statistics.median(speeds["ours"])
+        for name, values in speeds.items():
+            middle = statistics.median(values)
+            spread = f"{middle:,.0f} ({min(values):,.0f}, {max(values):,.0f})"
+            lines.append(f"| {seq_len:,} | {name} | {spread} | {best / middle:.1f} × |")
+    return lines
+
+
+def core_speed(make: Callable[[], Iterator[torch.Tensor]], seq_len: int, tokens: int) -> float:
+    """Tokens a second of core time, after a first batch that pays for opening."""
+    rows = make()
+    next(rows)
+    begin, seen = time.process_time(), 0
+    while seen < tokens:
+        seen += next(rows).numel()
+    return seen / (time.process_time() - begin)
+
+
+def batch_rows(seq_len: int) -> int:
+    """Rows of a micro-batch: 32,768 tokens, or one row."""
+    return max(1, 2**15 // seq_len)
+
+
+def ours(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]:
+    """The loader of this project, as the trainer drives it, without workers."""
+    for inputs, _ in MixtureLoader(mixture(folder, seq_len), batch_rows(seq_len), 0, 1):
+        yield inputs["input"]
+
+
+def prepare_peers(folder: Path, work: Path) -> None:
+    """The same corpora as torchtitan and `datasets` want them: text as JSON lines, tokens as parquet, a tokenizer."""
+    from datasets import Dataset
+
+    os.environ["HF_HOME"] = str(work / "hugging_face")
+    tokenizer = Tokenizer.load(ROOT / "tests/assets/debug_tokenizer.model")
+    write_hugging_face_tokenizer(tokenizer, work / "tokenizer")
+    (work / "text").mkdir()
+    for name in WEIGHTS:
+        corpus = Corpus.open(folder / name)
+        lengths = corpus.lengths(0, corpus.num_documents).tolist()
+        documents = [corpus.tokens(i, 0, length) for i, length in enumerate(lengths)]
+        Dataset.from_dict({"input_ids": documents}).to_parquet(work / f"{name}.parquet")
+        with (work / "text" / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": tokenizer.decode(ids[1:-1])}) + "\n" for ids in documents)
+
+
+def torchtitan_text(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]:
+    """`torchtitan.hf_datasets.text_datasets` on local JSON lines with the Hugging Face form of our tokenizer."""
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+    from torchtitan.hf_datasets.text_datasets import build_text_dataloader
+
+    config = JobConfig()
+    config.training.dataset, config.training.dataset_path = "c4_test", str(work / "text")
+    config.training.local_batch_size, config.training.seq_len = batch_rows(seq_len), seq_len
+    for inputs, _ in build_text_dataloader(1, 0, HuggingFaceTokenizer(str(work / "tokenizer")), config):
+        yield inputs["input"]
+
+
+def interleave(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]:
+    """`datasets` streaming parquet of token ids, interleaved by weight and packed, in its fastest format for arrays."""
+    from datasets import interleave_datasets, load_dataset
+
+    files = [str(work / f"{name}.parquet") for name in WEIGHTS]
+    streams = [load_dataset("parquet", data_files=f, split="train", streaming=True).with_format("numpy") for f in files]
+    mixed = interleave_datasets(
+        streams, probabilities=list(WEIGHTS.values()), seed=1, stopping_strategy="all_exhausted"
+    )
+    held: list[np.ndarray] = []
+    count, wanted = 0, batch_rows(seq_len) * (seq_len + 1)
+    while True:
+        for document in mixed:
+            held.append(document["input_ids"])
+            count += len(held[-1])
+            while count >= wanted:
+                tokens = np.concatenate(held)
+                rows = torch.from_numpy(tokens[:wanted].astype(np.int64)).view(-1, seq_len + 1)
+                held, count = [tokens[wanted:]], count - wanted
+                yield rows[:, :-1]
+
+
+# tokenize
+
+
+def tokenize(folder: Path, work: Path, repeats: int) -> list[str]:
+    """Seconds of `prepare` and of tiktoken alone for the debug text; workers are counted from their first document."""
+    config = load_datasets_config(DATASETS_TOML)
+    sources = [(dataset, source) for dataset in config.datasets for source in dataset.sources()]
+    texts = [[document.text for document in read_documents(*source)] for source in sources]
+    size = sum(len(text.encode("utf-8", "replace")) for group in texts for text in group) / 1e6
+    processes = len(os.sched_getaffinity(0))
+    ratios, speeds = [], []
+    for number in range(repeats):
+        raw = raw_tiktoken_seconds(texts, config.tokenizer, processes)
+        output = work / f"prepared_{number}"
+        toml = work / f"datasets_{number}.toml"
+        toml.write_text(DATASETS_TOML.read_text().replace("outputs/debug/tokens", str(output)))
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mobilellm_pro", "prepare", str(toml)], cwd=ROOT, check=True,
+                       capture_output=True)  # fmt: skip
+        seconds = time.perf_counter() - begin
+        ratios.append(raw / seconds)
+        speeds.append((size / raw, size / seconds))
+    table = ["| tiktoken alone MB/s | prepare MB/s, start and end included | prepare / tiktoken |", "|---|---|---|"]
+    table += [f"| {a:.2f} | {b:.2f} | {r:.2f} |" for (a, b), r in zip(speeds, ratios, strict=True)]
+    return [f"{size:.1f} MB of text, {processes} processes.", "", *table]
+
+
+def raw_tiktoken_seconds(texts: list[list[str]], tokenizer: str, processes: int) -> float:
+    """Seconds of `encode_ordinary` for all texts, dealt out to processes that are already running."""
+    flat = [text for group in texts for text in group]
+    parts = [flat[i::processes] for i in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes, _load_encoding, (tokenizer, parts)) as pool:
+        return max(pool.map(_encode, range(processes), chunksize=1))
+
+
+def _load_encoding(tokenizer: str, parts: list[list[str]]) -> None:
+    global _encoding, _parts
+    _encoding, _parts = Tokenizer.load(tokenizer)._encoding, parts
+    _encoding.encode_ordinary("warm")
+
+
+def _encode(part: int) -> float:
+    begin = time.perf_counter()
+    for text in _parts[part]:
+        _encoding.encode_ordinary(text)
+    return time.perf_counter() - begin
+
+
+# document
+
+
+def document(folder: Path, work: Path, repeats: int) -> list[str]:
+    """`prepare` with a document of 200 MB between small ones."""
+    text = work / "large.jsonl"
+    paragraph = " ".join(f"word{i} of a long document." for i in range(2000)) + "\n"
+    with text.open("w") as file:
+        for number in range(3):
+            body = paragraph * (200_000_000 // len(paragraph) + 1) if number == 1 else paragraph
+            file.write(json.dumps({"id": str(number), "text": body}) + "\n")
+    toml = work / "large.toml"
+    toml.write_text(
+        f'tokenizer = "{ROOT}/tests/assets/debug_tokenizer.model"\noutput = "{work}/large_tokens"\n'
+        f'[[dataset]]\nname = "large"\nsource = "{text}"\nholdout = 0.0\n'
+    )
+    begin = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", "mobilellm_pro", "prepare", str(toml)], cwd=ROOT)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, resident_bytes(child.pid))
+        time.sleep(0.05)
+    assert child.returncode == 0
+    seconds = time.perf_counter() - begin
+    return [f"{peak / 2**20:,.0f} MiB at most, parent and workers together, sampled every 50 ms; {seconds:.0f} s."]
+
+
+def resident_bytes(pid: int) -> int:
+    """Of a process and all below it."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(int(child)) for child in below)
+
+
+# open
+
+
+def open_corpus(folder: Path, work: Path, repeats: int) -> list[str]:
+    """20 million documents of 50 to 999 tokens."""
+    corpus = work / "twenty_million"
+    corpus.mkdir()
+    lengths = np.random.default_rng(0).integers(50, 1000, 20_000_000, dtype=np.int32)
+    write_index(corpus / "train-00000.idx", lengths)
+    tokens = int(lengths.sum())
+    with (corpus / "train-00000.bin").open("wb") as file:
+        file.truncate(4 * tokens)
+    record = ShardRecord("train-00000", len(lengths), tokens, 1, "", "")
+    write_manifest(corpus, Manifest("t", "f", 10, {}, [], {"train": [record], "valid": []}, {"train": 1, "valid": 0}))
+    script = (
+        "import resource, sys, time\n"
+        "from mobilellm_pro.data.shards import Corpus\n"
+        "from mobilellm_pro.data.packing import CorpusStream\n"
+        "from mobilellm_pro.data.mixture import Mixture, batch\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, t0 = peak(), time.perf_counter()\n"
+        "corpus = Corpus.open(sys.argv[1])\n"
+        "t1 = time.perf_counter()\n"
+        "mixture = Mixture([CorpusStream(corpus, seq_len=2048, seed=1)], [1.0], seed=1)\n"
+        "batch(mixture, 500_000 * 680, 1)\n"
+        "t2 = time.perf_counter()\n"
+        "batch(mixture, 500_001 * 680, 16)\n"
+        "t3 = time.perf_counter()\n"
+        "print(f'| {t1 - t0:.2f} | {t2 - t1:.2f} | {1000 * (t3 - t2):.0f} | {peak() - before:.0f} |')"
+    )
+    lines = [
+        "| open s | first row of step 500,000 s | next 16 rows ms | growth of resident peak MiB |", "|---|---|---|---|"
+    ]  # fmt: skip
+    for _ in range(repeats):
+        command = [sys.executable, "-c", script, str(corpus)]
+        lines.append(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip())
+    return lines
+
+
+SECTIONS = {"order": order, "loader": loader, "tokenize": tokenize, "document": document, "open": open_corpus}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=Path, default=ROOT / "outputs/debug/tokens", help="prepared debug corpora")
+    parser.add_argument("--write", type=Path, help="Markdown file")
+    arguments = parser.parse_args()
+    lines = ["# The data engine", "", *describe(["torch", "torchtitan", "torchdata", "datasets", "tiktoken", "numpy"])]
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory() as work:
+            lines += ["", f"## {name}", "", *SECTIONS[name](arguments.tokens, Path(work), arguments.repeats)]
+        print("\n".join(lines[-12:]), flush=True)
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Rows of one corpus in which no short document is split: best-fit packing, the alternative to `packing`.
+
+A row has room for seq_len + 1 tokens, of which the last is only a label. Longer documents are cut into full rows; what
+remains of them and all shorter documents go, the longest first, into the row with the least room that still holds them.
+What stays empty is padding. After Ding et al., "Fewer Truncations Improve Language Modeling" (2024).
+
+Which documents share a row does not depend on the seed: it is decided once (`row_assignment`). An epoch is an order of
+the rows (`shuffle`).
+
+    rows = BestFitRows(Corpus.open(folder), seq_len=2048, seed=1)
+    rows.fill(123_456, input_S, labels_S, document_ids_S)
+"""
+
+import numpy as np
+
+from mobilellm_pro.data.packing import Pieces, check_sizes, describe_options, write_row
+from mobilellm_pro.data.row_assignment import RowAssignment
+from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data.shuffle import BlockShuffle, Recent, hash_key, sum_blocks
+
+_CACHED_GROUPS = 4
+
+
+class BestFitRows:
+    """Rows of one corpus by number, as `CorpusStream`, with padding instead of split documents."""
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None) -> None:
+        """
+        Args:
+            corpus: an opened split.
+            seq_len: inputs of a row, in tokens.
+            seed: any integer; the corpus name goes in too.
+            max_document_tokens: read only the first so many tokens of every document.
+
+        Raises:
+            ValueError: a corpus without tokens; a number below 1; damaged files of an earlier assignment.
+        """
+        check_sizes(seq_len, max_document_tokens)
+        if not corpus.num_tokens:
+            raise ValueError(f"{corpus.folder}: the split {corpus.split!r} has no tokens: give more text")
+        self.corpus, self.seq_len, self.max_document_tokens = corpus, seq_len, max_document_tokens
+        self._assignment = RowAssignment.of(corpus, seq_len + 1, max_document_tokens)
+        size = self._assignment.num_rows
+        self._shuffle = BlockShuffle(size, hash_key(seed, corpus.name), sum_blocks(size, _ones))
+        self._groups: Recent[np.ndarray] = Recent(_CACHED_GROUPS)
+
+    @property
+    def options(self) -> str:
+        """What differs from the default stream, in words."""
+        return describe_options("best_fit", self.max_document_tokens)
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows in one pass over the corpus."""
+        return float(self._assignment.num_rows)
+
+    def epoch(self, index: int) -> int:
+        """Pass over the corpus that row `index` belongs to, from 0."""
+        return index // self._assignment.num_rows
+
+    def epochs(self, rows: int) -> float:
+        """Passes over the corpus after the first `rows` rows."""
+        return rows / self._assignment.num_rows
+
+    def fill(self, index: int, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray) -> None:
+        """Writes row `index` >= 0 into views of a batch, S = seq_len.
+
+        Args:
+            index: of the row.
+            input_S: int64 [S]; 0 in padding.
+            labels_S: int64 [S], the next tokens; -100 where a document or its part ends, and in padding.
+            document_ids_S: int32 [S], 0 at the first input, one more at every input that begins a document or padding.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        epoch, offset = divmod(index, self._assignment.num_rows)
+        group, place = self._shuffle.find(epoch, offset)
+        order = self._groups.get((epoch, group), lambda: self._shuffle.items(epoch, group))
+        row = self._assignment.row(int(order[place]))
+        shards, begins, _ = self.corpus.locate(row["document"])
+        columns = (row["document"], shards, begins + row["start"], row["length"])
+        write_row(self.corpus, Pieces(*(column.tolist() for column in columns)), input_S, labels_S, document_ids_S)
+
+
+def _ones(first: int, last: int) -> np.ndarray:
+    """Every row weighs the same."""
+    return np.ones(last - first, dtype=np.int64)

@@ -1,0 +1,32 @@
+"""Corpora of given token ids, written without tokenizer and `prepare`, for tests of what reads shards."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mobilellm_pro.data.manifest import Manifest, ShardRecord, file_sha256, write_manifest
+from mobilellm_pro.data.shard_index import write_index
+
+
+def write_corpus(
+    folder: Path, documents: list[list[int]], *, per_shard: int = 2, dtype: str = "int32", vocab_size: int = 10
+) -> Path:
+    """Writes the documents as the training split, `per_shard` to a shard, nothing held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for first in range(0, len(documents), per_shard):
+        part, path = documents[first : first + per_shard], folder / f"train-{len(records):05d}.bin"
+        ids = np.array(sum(part, []), dtype=dtype)
+        path.write_bytes(ids.tobytes())
+        write_index(path.with_suffix(".idx"), np.array([len(ids) for ids in part], dtype=np.int32), dtype=dtype)
+        digests = [file_sha256(path.with_suffix(suffix)) for suffix in (".bin", ".idx")]
+        records.append(ShardRecord(path.stem, len(part), len(ids), max(map(int, ids), default=-1), *digests))
+    shards = {"train": records, "valid": []}
+    write_manifest(folder, Manifest("t.model", "f" * 64, vocab_size, {}, [], shards, {"train": 40, "valid": 0}))
+    return folder
+
+
+def random_documents(count: int, longest: int, *, seed: int = 0, vocab_size: int = 1000) -> list[list[int]]:
+    """Documents of 0 to `longest` tokens; ids are random, so that a misplaced token is seen."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, rng.integers(0, longest + 1)).tolist() for _ in range(count)]
