@@ -8,7 +8,7 @@ order     one hash of the token stream of 200 global steps, for 1, 2, 3, 4 and 8
           with a new loader from the saved state after every 7th step
 loader    tokens a second of core time (all threads of the process): ours; torchtitan's text loader, which tokenizes as
           it goes; `datasets` streaming and interleaving parquet files whose tokens were made ahead
-tokenize  `prepare` against tiktoken alone in as many processes, on the same text, in turns
+tokenize  `prepare` against tiktoken alone, two processes each, on the same text, in turns
 document  most resident memory of `prepare` and its workers while a document of 200 MB is among the input
 open      a corpus of 20 million documents (an index, and a .bin without content): seconds and memory to open it
 
@@ -16,10 +16,12 @@ Times are ratios within one run; every loader reads the same corpora.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +44,7 @@ from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shard_index import write_index
 from mobilellm_pro.data.shards import Corpus
-from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.data.tokenizer import Tokenizer, find_llama4_file
 from mobilellm_pro.training.loader import MixtureLoader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,48 +194,62 @@ def interleave(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]
 
 
 def tokenize(folder: Path, work: Path, repeats: int) -> list[str]:
-    """Seconds of `prepare` and of tiktoken alone for the debug text; workers are counted from their first document."""
-    config = load_datasets_config(DATASETS_TOML)
-    sources = [(dataset, source) for dataset in config.datasets for source in dataset.sources()]
-    texts = [[document.text for document in read_documents(*source)] for source in sources]
-    size = sum(len(text.encode("utf-8", "replace")) for group in texts for text in group) / 1e6
-    processes = len(os.sched_getaffinity(0))
-    ratios, speeds = [], []
-    for number in range(repeats):
-        raw = raw_tiktoken_seconds(texts, config.tokenizer, processes)
-        output = work / f"prepared_{number}"
-        toml = work / f"datasets_{number}.toml"
-        toml.write_text(DATASETS_TOML.read_text().replace("outputs/debug/tokens", str(output)))
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mobilellm_pro", "prepare", str(toml)], cwd=ROOT, check=True,
-                       capture_output=True)  # fmt: skip
-        seconds = time.perf_counter() - begin
-        ratios.append(raw / seconds)
-        speeds.append((size / raw, size / seconds))
-    table = ["| tiktoken alone MB/s | prepare MB/s, start and end included | prepare / tiktoken |", "|---|---|---|"]
-    table += [f"| {a:.2f} | {b:.2f} | {r:.2f} |" for (a, b), r in zip(speeds, ratios, strict=True)]
-    return [f"{size:.1f} MB of text, {processes} processes.", "", *table]
+    """MB/s of `prepare` (reading, tokenizing, writing) and of tiktoken alone, each the sum over two processes."""
+    documents = [
+        document
+        for dataset in load_datasets_config(DATASETS_TOML).datasets
+        for source in dataset.sources()
+        for document in read_documents(dataset, source)
+    ]
+    files = []
+    for part in range(2):  # one for each process, alike
+        files.append(work / f"half_{part}.jsonl.gz")
+        with gzip.open(files[-1], "wt", compresslevel=1) as file:
+            for document in documents[part::2] * 2:
+                file.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
+    lines = ["| tokenizer | tiktoken alone MB/s | prepare MB/s | prepare / tiktoken |", "|---|---|---|---|"]
+    for tokenizer in tokenizers():
+        for number in range(repeats):
+            raw = raw_tiktoken_speed(files, tokenizer)
+            ours = prepare_speed(files, tokenizer, work / f"prepared_{number}")
+            lines.append(f"| {Path(tokenizer).stem} | {raw:.2f} | {ours:.2f} | {ours / raw:.2f} |")
+    return lines
 
 
-def raw_tiktoken_seconds(texts: list[list[str]], tokenizer: str, processes: int) -> float:
-    """Seconds of `encode_ordinary` for all texts, dealt out to processes that are already running."""
-    flat = [text for group in texts for text in group]
-    parts = [flat[i::processes] for i in range(processes)]
-    with multiprocessing.get_context("spawn").Pool(processes, _load_encoding, (tokenizer, parts)) as pool:
-        return max(pool.map(_encode, range(processes), chunksize=1))
+def tokenizers() -> list[str]:
+    """The debug tokenizer, and the real one where `llama-models` is installed."""
+    names = [str(ROOT / "tests/assets/debug_tokenizer.model")]
+    try:
+        find_llama4_file()
+    except FileNotFoundError:
+        return names
+    return [*names, "llama4"]
 
 
-def _load_encoding(tokenizer: str, parts: list[list[str]]) -> None:
-    global _encoding, _parts
-    _encoding, _parts = Tokenizer.load(tokenizer)._encoding, parts
-    _encoding.encode_ordinary("warm")
+def prepare_speed(files: list[Path], tokenizer: str, output: Path) -> float:
+    """MB/s that `prepare` reports for the corpora, added up; from the first document to the last shard of each."""
+    toml = output.with_suffix(".toml")
+    tables = [f'[[dataset]]\nname = "half_{i}"\nsource = "{file}"\n' for i, file in enumerate(files)]
+    toml.write_text("\n".join([f'tokenizer = "{tokenizer}"\noutput = "{output}"', *tables]))
+    command = [sys.executable, "-m", "mobilellm_pro", "prepare", str(toml), "--overwrite", "--workers", str(len(files))]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return sum(float(speed) for speed in re.findall(r"\(([\d.]+) MB/s\)", done.stdout))
 
 
-def _encode(part: int) -> float:
+def raw_tiktoken_speed(files: list[Path], tokenizer: str) -> float:
+    """MB/s of `encode_ordinary`, one process a file, all texts read before; added up."""
+    with multiprocessing.get_context("spawn").Pool(len(files)) as pool:
+        return sum(pool.starmap(_raw_speed, [(file, tokenizer) for file in files], chunksize=1))
+
+
+def _raw_speed(file: Path, tokenizer: str) -> float:
+    encode = Tokenizer.load(tokenizer)._encoding.encode_ordinary
+    with gzip.open(file, "rt") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     begin = time.perf_counter()
-    for text in _parts[part]:
-        _encoding.encode_ordinary(text)
-    return time.perf_counter() - begin
+    for text in texts:
+        encode(text)
+    return sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6 / (time.perf_counter() - begin)
 
 
 # document
@@ -286,14 +302,20 @@ def open_corpus(folder: Path, work: Path, repeats: int) -> list[str]:
     with (corpus / "train-00000.bin").open("wb") as file:
         file.truncate(4 * tokens)
     record = ShardRecord("train-00000", len(lengths), tokens, 1, "", "")
-    write_manifest(corpus, Manifest("t", "f", 10, {}, [], {"train": [record], "valid": []}, {"train": 1, "valid": 0}))
+    write_manifest(
+        corpus, Manifest("t", "f", 10, {}, [], {"train": [record], "valid": []}, {"train": 1, "valid": 0}, {})
+    )
     script = (
-        "import resource, sys, time\n"
+        "import sys, time\n"
+        "from pathlib import Path\n"
         "from mobilellm_pro.data.shards import Corpus\n"
         "from mobilellm_pro.data.packing import CorpusStream\n"
         "from mobilellm_pro.data.mixture import Mixture, batch\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before, t0 = peak(), time.perf_counter()\n"
+        "def status(field):\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return int(next(x for x in lines if x.startswith(field)).split()[1]) / 1024\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "before, t0 = status('VmRSS'), time.perf_counter()\n"
         "corpus = Corpus.open(sys.argv[1])\n"
         "t1 = time.perf_counter()\n"
         "mixture = Mixture([CorpusStream(corpus, seq_len=2048, seed=1)], [1.0], seed=1)\n"
@@ -301,7 +323,8 @@ def open_corpus(folder: Path, work: Path, repeats: int) -> list[str]:
         "t2 = time.perf_counter()\n"
         "batch(mixture, 500_001 * 680, 16)\n"
         "t3 = time.perf_counter()\n"
-        "print(f'| {t1 - t0:.2f} | {t2 - t1:.2f} | {1000 * (t3 - t2):.0f} | {peak() - before:.0f} |')"
+        "grown = status('VmHWM') - before\n"
+        "print(f'| {t1 - t0:.2f} | {t2 - t1:.2f} | {1000 * (t3 - t2):.0f} | {grown:.0f} |')"
     )
     lines = [
         "| open s | first row of step 500,000 s | next 16 rows ms | growth of resident peak MiB |", "|---|---|---|---|"

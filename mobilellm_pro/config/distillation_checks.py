@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from mobilellm_pro.config.config_error import Issue
 from mobilellm_pro.config.job_config import JobConfig
 
-WEIGHT_SUM_TOLERANCE = 1e-3
-"""How far the weights of the corpora may be from 1: room for a mix written with three decimals."""
+WEIGHT_SUM_TOLERANCE = 1e-6
+"""How far the weights of the corpora may be from 1: room for rounding in their sum, not in the mix."""
 
 
 def check_distill(config: JobConfig) -> Iterator[Issue]:

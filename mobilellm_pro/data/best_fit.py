@@ -2,7 +2,8 @@
 
 A row has room for seq_len + 1 tokens, of which the last is only a label. Longer documents are cut into full rows; what
 remains of them and all shorter documents go, the longest first, into the row with the least room that still holds them.
-What stays empty is padding. After Ding et al., "Fewer Truncations Improve Language Modeling" (2024).
+Between two full rows of one document one prediction is lost. What stays empty is padding. After Ding et al., "Fewer
+Truncations Improve Language Modeling" (2024).
 
 Which documents share a row does not depend on the seed: it is decided once (`row_assignment`). An epoch is an order of
 the rows (`shuffle`).
@@ -10,6 +11,8 @@ the rows (`shuffle`).
     rows = BestFitRows(Corpus.open(folder), seq_len=2048, seed=1)
     rows.fill(123_456, input_S, labels_S, document_ids_S)
 """
+
+from functools import cached_property
 
 import numpy as np
 
@@ -33,11 +36,14 @@ class BestFitRows:
             max_document_tokens: read only the first so many tokens of every document.
 
         Raises:
-            ValueError: a corpus without tokens; a number below 1; damaged files of an earlier assignment.
+            ValueError: the corpus is smaller than one row; a number below 1; damaged files of an earlier assignment.
         """
         check_sizes(seq_len, max_document_tokens)
-        if not corpus.num_tokens:
-            raise ValueError(f"{corpus.folder}: the split {corpus.split!r} has no tokens: give more text")
+        if corpus.num_tokens < seq_len + 1:
+            raise ValueError(
+                f"{corpus.folder}: the split {corpus.split!r} has {corpus.num_tokens} tokens, fewer than one sequence "
+                f"of seq_len + 1 = {seq_len + 1}: shorten seq_len or give more text"
+            )
         self.corpus, self.seq_len, self.max_document_tokens = corpus, seq_len, max_document_tokens
         self._assignment = RowAssignment.of(corpus, seq_len + 1, max_document_tokens)
         size = self._assignment.num_rows
@@ -54,9 +60,10 @@ class BestFitRows:
         """Rows in one pass over the corpus."""
         return float(self._assignment.num_rows)
 
-    def epoch(self, index: int) -> int:
-        """Pass over the corpus that row `index` belongs to, from 0."""
-        return index // self._assignment.num_rows
+    @cached_property
+    def tokens_per_row(self) -> float:
+        """Inputs of a row on average, padding not counted."""
+        return self._assignment.num_inputs(self.seq_len) / self._assignment.num_rows
 
     def epochs(self, rows: int) -> float:
         """Passes over the corpus after the first `rows` rows."""

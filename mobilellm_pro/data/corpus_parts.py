@@ -10,6 +10,7 @@ they become the manifest and disappear. A part's files are named after it, so pa
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -257,10 +258,15 @@ def only_one(folder: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = (
+                os.fstat(file.fileno()).st_nlink > 0
+            )  # else its holder has just removed it, and others lock a new one
         except BlockingIOError:
-            raise ValueError(f"{path}: another `prepare` is making this corpus: wait for it or end it") from None
-        except OSError:  # a file system without locks
-            pass
+            free = False
+        except OSError:
+            free = True  # a file system without locks
+        if not free:
+            raise ValueError(f"{path}: another `prepare` is making this corpus: wait for it or end it")
         try:
             yield
         finally:

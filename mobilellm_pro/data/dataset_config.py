@@ -63,13 +63,14 @@ class DatasetConfig:
             datasets.
         format: "jsonl" (a suffix .gz or .zst says how it is packed), "parquet", "folder" (each file is a document),
             "hub" (a Hugging Face dataset, streamed) or "megatron" (token shards that others prepared).
-        text_column, id_column: names of the columns, or keys of a JSON object; id_column "" takes a hash of the text.
+        text_column, id_column: names of the columns, or keys of a JSON object. The id names a document in messages;
+            "" takes a hash of the text.
         language_column, languages: keep only documents whose column holds one of the languages; [] keeps all.
         subset, hub_split: configuration and split of a Hugging Face dataset.
         hub_files: patterns of .jsonl[.gz|.zst] or .parquet files inside the dataset's repository, read instead of what
             `subset` and `hub_split` name: for datasets that were published with a loading script.
-        holdout: share of documents that go to the split "valid", chosen by a hash of their id.
-        shard_tokens: largest number of tokens in a shard (and so in a document).
+        holdout: share of documents that go to the split "valid", chosen by a hash of their text.
+        shard_tokens: a shard ends with the document that reaches so many tokens.
         min_chars: shorter documents are left out and counted.
         bos, eos: add the token at the begin and end of every document.
     """

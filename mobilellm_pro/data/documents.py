@@ -126,10 +126,10 @@ def _read_jsonl(dataset: DatasetConfig, source: Source, file: BinaryIO) -> Itera
         place = f"{source.name}, record {number}"
         try:
             record = json.loads(_decode(line, place))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not a JSON object ({error}): repair or remove the line") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{place}: expected a JSON object, found {type(record).__name__}")
+            raise ValueError(f"{place}: expected a JSON object, found {type(record).__name__}: remove the line")
         yield _document(record, dataset, place, file.tell())
 
 

@@ -160,7 +160,7 @@ def _join(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray
     """
     binary = path.with_suffix(".bin")
     size, ends = binary.stat().st_size, pointers + lengths.astype(np.int64) * dtype.itemsize
-    wrong = (lengths < 0) | (pointers < 0) | (pointers % dtype.itemsize != 0) | (ends > size)
+    wrong = (lengths < 0) | (pointers < 0) | (pointers % dtype.itemsize != 0) | (pointers > size) | (ends > size)
     if wrong.any():
         sequence = int(wrong.argmax())
         raise ValueError(

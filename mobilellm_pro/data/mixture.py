@@ -11,7 +11,6 @@ Ranks, workers and restarts only choose which n they ask for.
     rows = batch(mixture, start=step * global_batch + rank * local_batch, count=local_batch)
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -39,8 +38,9 @@ class Rows(Protocol):
     def rows_per_epoch(self) -> float:
         """Rows in one pass over the corpus."""
 
-    def epoch(self, index: int) -> int:
-        """Pass in which row `index` begins."""
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens of a row, padding not counted, on average over a pass."""
 
     def epochs(self, rows: int) -> float:
         """Passes after the first `rows` rows."""
@@ -55,7 +55,7 @@ class Mixture:
     Attributes:
         streams: one per corpus, all with one seq_len.
         names: of the corpora.
-        weights: share of tokens (and of rows, which are equally long) of each corpus, summing to 1.
+        weights: share of tokens of each corpus, padding not counted, summing to 1.
         identity: what the rows depend on, in words: mixtures with equal identities have equal rows.
     """
 
@@ -66,7 +66,7 @@ class Mixture:
         """
         Args:
             streams: the corpora.
-            weights: positive, one per corpus; must sum to 1 within 0.001.
+            weights: positive, one per corpus; must sum to 1.
             seed: any integer.
             renormalize: divide the weights by their sum instead of requiring it to be 1.
             period: rows after which the choice of corpora repeats (their content does not).
@@ -80,12 +80,13 @@ class Mixture:
         if len({stream.seq_len for stream in streams}) != 1:
             raise ValueError(f"corpora of one mixture need one seq_len, found {[s.seq_len for s in streams]}")
         shares = ", ".join(
-            f"{stream.corpus.name}:{stream.corpus.num_tokens}x{weight:.6g}"
+            f"{stream.corpus.name}:{stream.corpus.num_tokens}x{weight:.6g}#{stream.corpus.content}"
             + (f" ({stream.options})" if stream.options else "")
             for stream, weight in zip(self.streams, self.weights, strict=True)
         )
         self.identity = f"seed {seed}, seq_len {self.seq_len}, corpora (tokens x weight) {shares}"
-        self._counts = _whole_counts(self.names, self.weights, period)
+        rows = self.weights / [stream.tokens_per_row / self.seq_len for stream in streams]
+        self._counts = _whole_counts(self.names, rows / rows.sum(), period)
         self._schedule, self._ranks = _schedule(self._counts, hash_key(seed, "mixture") % period / period)
 
     @property
@@ -109,23 +110,19 @@ class Mixture:
         counts = self.counts(num_sequences).tolist()
         return np.array([stream.epochs(count) for stream, count in zip(self.streams, counts, strict=True)])
 
-    def rows_until(self, max_epochs: Mapping[str, float | None] | Items[float | None]) -> tuple[int, str] | None:
+    def rows_until(self, max_epochs: Items[float | None]) -> tuple[int, str] | None:
         """How far a run may go before it has read too much of a corpus.
 
         Args:
-            max_epochs: passes over each corpus that are allowed, by name or one per corpus; None: any number.
+            max_epochs: passes over each corpus that are allowed; None: any number.
 
         Returns:
             (n, name): the first n rows pass no limit, the row after them would pass that of the named corpus; None
             without limits.
 
         Raises:
-            ValueError: an unknown name, another number of limits than corpora, or a limit that is not positive.
+            ValueError: another number of limits than corpora, or a limit that is not positive.
         """
-        if isinstance(max_epochs, Mapping):
-            if unknown := set(max_epochs) - set(self.names):
-                raise ValueError(f"max_epochs names {sorted(unknown)}, the corpora are {self.names}")
-            max_epochs = [max_epochs.get(name) for name in self.names]
         if max_epochs and len(max_epochs) != len(self.names):
             raise ValueError(f"{len(max_epochs)} limits for {len(self.names)} corpora: expected one each")
         ends = []
@@ -180,7 +177,7 @@ def check_weights(names: Items[str], weights: Items[float], *, renormalize: bool
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"corpus {name!r}: weight = {value:g}, expected more than 0: correct it or leave it out")
     total = float(values.sum())
-    if abs(total - 1) > 1e-3 and not renormalize:
+    if abs(total - 1) > 1e-6 and not renormalize:
         raise ValueError(f"weights of {', '.join(names)} sum to {total:g}, expected 1: correct them or set renormalize")
     return values / total
 

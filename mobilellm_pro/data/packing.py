@@ -82,9 +82,10 @@ class CorpusStream:
         """Rows in one pass over the corpus."""
         return self.num_tokens / self.seq_len
 
-    def epoch(self, index: int) -> int:
-        """Pass over the corpus in which row `index` begins, from 0."""
-        return index * self.seq_len // self.num_tokens
+    @property
+    def tokens_per_row(self) -> float:
+        """Every row is full."""
+        return float(self.seq_len)
 
     def epochs(self, rows: int) -> float:
         """Passes over the corpus after the first `rows` rows."""

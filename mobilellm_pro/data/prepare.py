@@ -74,15 +74,17 @@ def prepare(datasets_toml: str | Path, *, overwrite: bool = False, workers: int 
     """
     config = load_datasets_config(datasets_toml)
     tokenizer = Tokenizer.load(config.tokenizer)
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers = {workers}: expected at least 0")
     found = [(dataset, config.output / dataset.name) for dataset in config.datasets]
-    made = [_made_so_far(dataset, folder, tokenizer, overwrite) for dataset, folder in found]
-    waiting = [(*pair, plan) for pair, plan in zip(found, made, strict=True) if not isinstance(plan, Manifest)]
-    for dataset, _, plan in waiting:  # before hours of work on the first one
-        if plan is None and (unmatched := dataset.unmatched()):
-            raise FileNotFoundError(f"{datasets_toml}: dataset {dataset.name!r}: no file matches {unmatched}")
     with ExitStack() as locks:
-        for _, folder, _ in waiting:
+        for _, folder in found:  # before looking at what is there: it must not change meanwhile
             locks.enter_context(only_one(folder))
+        made = [_made_so_far(dataset, folder, tokenizer, overwrite) for dataset, folder in found]
+        waiting = [(*pair, plan) for pair, plan in zip(found, made, strict=True) if not isinstance(plan, Manifest)]
+        for dataset, _, plan in waiting:  # before hours of work on the first one
+            if plan is None and (unmatched := dataset.unmatched()):
+                raise FileNotFoundError(f"{datasets_toml}: dataset {dataset.name!r}: no file matches {unmatched}")
         _make_corpora([_begin(*item, tokenizer) for item in waiting], tokenizer, workers)
 
 

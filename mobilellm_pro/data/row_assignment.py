@@ -80,9 +80,14 @@ class RowAssignment:
             arrays = [np.load(file, mmap_mode="r").view(np.ndarray) for file in (pieces, rows)]
             if arrays[0].dtype != PIECE or len(arrays[1]) < 2 or int(arrays[1][-1]) != len(arrays[0]):
                 raise ValueError("the two files do not fit together")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{pieces} and {rows.name}: damaged ({error}): delete both") from None
         return cls(arrays[0], arrays[1], (pieces, rows))
+
+    def num_inputs(self, seq_len: int) -> int:
+        """Inputs of one pass over the corpus, without padding: a full row's last token is only a label."""
+        tokens = np.add.reduceat(self.pieces["length"], self.first_piece[:-1], dtype=np.int64)
+        return int(np.minimum(tokens, seq_len).sum())
 
     @property
     def num_rows(self) -> int:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import resource
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ class Corpus:
             lengths[position - first : end - first] = part
             shard, position = shard + 1, end
         return lengths
+
+    @cached_property
+    def content(self) -> str:
+        """Eight hex digits that change with any token of the split or with their order."""
+        records = self.manifest.shards[self.split]
+        digest = hashlib.sha256("".join(record.bin_sha256 + record.idx_sha256 for record in records).encode())
+        return digest.hexdigest()[:8]
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where documents lie; reads three entries of the index each.

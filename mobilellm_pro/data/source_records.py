@@ -74,8 +74,8 @@ def source_files(source: Source) -> list[Path]:
 
 
 def source_mtime(source: Source) -> int:
-    """Latest time of change of the files, in nanoseconds; 0 without files."""
-    return max((file.stat().st_mtime_ns for file in source_files(source) if file.exists()), default=0)
+    """Time of change in nanoseconds, added up over the files of a folder: any changed file changes the sum."""
+    return sum(file.stat().st_mtime_ns for file in source_files(source) if file.exists())
 
 
 def source_sha256(source: Source, known: dict[Path, str] | None = None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord, split_of
 from mobilellm_pro.data.dataset_config import DatasetConfig, Source
-from mobilellm_pro.data.documents import Document, read_documents
+from mobilellm_pro.data.documents import Document, read_documents, text_hash
 from mobilellm_pro.data.shard_writer import ShardWriter
 from mobilellm_pro.data.source_records import source_mtime, source_record
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def _batches(
 
 
 def _pieces(document: Document, holdout: float, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    split = split_of(document.id, holdout)
+    split = split_of(text_hash(document.text), holdout)  # by text: copies under several ids stay on one side
     texts = tokenizer.encode_pieces(document.text)
     text, first = next(texts, ""), True
     for following in texts:

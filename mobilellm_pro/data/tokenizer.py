@@ -14,7 +14,7 @@ import binascii
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -133,10 +133,6 @@ class Tokenizer:
             whole = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = self._encoding.encode_to_numpy(whole, disallowed_special=())
         return ids.view(np.int32)
-
-    def encode_batch(self, texts: Iterable[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """`encode` for each text, in order, in this process (`prepare` brings the parallelism)."""
-        return [self.encode(text, bos=bos, eos=eos) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; bytes that are not UTF-8 (a cut character) become U+FFFD.

@@ -52,7 +52,7 @@ class DistillTrainer(Trainer):
             _, flops = self.teacher.model_args.get_nparams_and_flops(self.teacher, job_config.training.seq_len)
             self.metrics_processor.num_flops_per_token += flops // 3  # forward only
         self.metrics_processor.data_consumed = self.dataloader.consumed
-        self.last_step = self.dataloader.last_step(job_config.training.steps, self.gradient_accumulation_steps)
+        self.last_step = self.dataloader.last_step(job_config.training.steps)
         if job_config.validation.enable:
             self.validator.evaluate = self.distillation_terms
 
@@ -66,7 +66,7 @@ class DistillTrainer(Trainer):
         if self.step < self.job_config.training.steps:
             logger.warning(f"stopped after step {self.step}: the next would pass max_epochs of a corpus")
             self.checkpointer.save(self.step, last_step=True)
-            if self.job_config.validation.enable:
+            if self.job_config.validation.enable and not self.validator.should_validate(self.step):
                 self.validator.validate(self.model_parts, self.step)
 
     def post_dataloading_process(

@@ -34,7 +34,7 @@ def open_mixture(
         split: "train" or "valid".
         seq_len: tokens of a row.
         fingerprint: of the tokenizer that the corpora must have been prepared with.
-        check_index: look at every document's place on disk; preflight does it once for all ranks.
+        check_index: look at every document's place on disk; preflight has done so on each machine.
 
     Raises:
         ValueError: a damaged, empty or too small corpus, another tokenizer, unusable weights.
@@ -87,6 +87,7 @@ class MixtureLoader(BaseDataLoader):
         rank: int,
         num_ranks: int,
         *,
+        rows_per_step: int | None = None,
         names: Sequence[str] = (),
         max_epochs: Sequence[float | None] = (),
         **worker_settings: Any,
@@ -96,12 +97,14 @@ class MixtureLoader(BaseDataLoader):
             mixture: what to read.
             batch_size: rows of a micro-batch of this rank.
             rank, num_ranks: among those that read different rows.
+            rows_per_step: of a global step; None without accumulation.
             names: of the corpora, for `consumed`.
             max_epochs: of each corpus; none without a limit.
             worker_settings: of torch's DataLoader.
         """
         self.mixture = mixture
-        self._names, self._max_epochs = names, max_epochs
+        self._rows_per_step = rows_per_step or batch_size * num_ranks
+        self._names, self._max_epochs = names or mixture.names, max_epochs
         self.next_sequence = 0
         self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
         if not worker_settings.get("num_workers"):
@@ -123,31 +126,42 @@ class MixtureLoader(BaseDataLoader):
     def consumed(self) -> dict[str, float]:
         """What all ranks have read of each corpus since the beginning of the run, over restarts too.
 
-        tokens/<name>: inputs, padding of best-fit rows included; epochs/<name>: passes over the corpus.
+        tokens/<name>: without padding; epochs/<name>: passes over the corpus.
         """
         counts, epochs = self.mixture.counts(self.next_sequence), self.mixture.epochs(self.next_sequence)
         found: dict[str, float] = {}
-        for name, rows, passes in zip(self._names, counts, epochs, strict=True):
-            found |= {f"tokens/{name}": int(rows) * self.mixture.seq_len, f"epochs/{name}": round(float(passes), 6)}
+        per_rows = [stream.tokens_per_row for stream in self.mixture.streams]
+        for name, rows, per_row, passes in zip(self._names, counts.tolist(), per_rows, epochs, strict=True):
+            found |= {f"tokens/{name}": round(rows * per_row), f"epochs/{name}": round(float(passes), 6)}
         return found
 
-    def last_step(self, steps: int, accumulation_steps: int) -> int:
+    def last_step(self, steps: int) -> int:
         """The last of `steps` steps that passes no corpus' `max_epochs`."""
         limit = self.mixture.rows_until(self._max_epochs)
         if limit is None:
             return steps
-        return min(steps, limit[0] // (self._batch_size * self._num_ranks * accumulation_steps))
+        return min(steps, limit[0] // self._rows_per_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Index of the first sequence that no step has consumed, and of what mixture."""
-        return {"next_sequence": self.next_sequence, "mixture": self.mixture.identity}
+        """Index of the first sequence that no step has consumed, of what mixture, and rows of a global step."""
+        return {
+            "next_sequence": self.next_sequence,
+            "rows_per_step": self._rows_per_step,
+            "mixture": self.mixture.identity,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes `state_dict()` of any layout.
 
         Raises:
-            ValueError: of another mixture, in which the same number means other rows.
+            ValueError: of another mixture, in which the same number means other rows, or of another global batch.
         """
+        if state_dict["rows_per_step"] != self._rows_per_step:
+            raise ValueError(
+                f"the checkpoint's steps have {state_dict['rows_per_step']} rows, the configuration's "
+                f"{self._rows_per_step}: restore training.global_batch_size, or start a new job.dump_folder with "
+                "checkpoint.initial_load_path"
+            )
         if state_dict["mixture"] != self.mixture.identity:
             raise ValueError(
                 f"the checkpoint's data were {state_dict['mixture']}, the configuration's are {self.mixture.identity}: "
@@ -166,6 +180,7 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_con
         job_config.training.local_batch_size,
         dp_rank,
         dp_world_size,
+        rows_per_step=max(job_config.training.global_batch_size, 0) or None,
         names=[dataset.name for dataset in data.datasets],
         max_epochs=[dataset.max_epochs for dataset in data.datasets],
         num_workers=settings.num_workers,

@@ -4,6 +4,7 @@
 seconds, with all of its problems, not one by one in the queue.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -94,12 +95,13 @@ def _datasets(config: JobConfig, world_size: int) -> Iterator[str]:
         fingerprint = _load_tokenizer(config.data.tokenizer).fingerprint
     except (ValueError, OSError):
         return  # reported by _tokenizer
-    mixture = open_mixture(config.data, "train", config.training.seq_len, fingerprint)
+    check_index = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine reads all of every index
+    mixture = open_mixture(config.data, "train", config.training.seq_len, fingerprint, check_index=check_index)
     yield from _max_epochs(config, mixture, world_size)
     if not config.validation.enable:
         return
     settings = config.validation
-    mixture = open_mixture(config.data, "valid", settings.seq_len, fingerprint)
+    mixture = open_mixture(config.data, "valid", settings.seq_len, fingerprint, check_index=check_index)
     rows = settings.steps * settings.local_batch_size * _batch_ranks(config, world_size)
     for dataset, stream, share in zip(config.data.datasets, mixture.streams, mixture.weights, strict=True):
         wanted, held_out = int(rows * share), int(stream.rows_per_epoch)

@@ -112,7 +112,7 @@ def test_rows_hold_every_document_once(rows: BestFitRows, epoch: int):
     """The tensors: what one epoch of rows shows is all documents, long ones in their pieces."""
     size = int(rows.rows_per_epoch)
     indexes = range(epoch * size, (epoch + 1) * size)
-    assert {rows.epoch(index) for index in indexes} == {epoch} and rows.epochs(3 * size) == 3
+    assert rows.epochs(3 * size) == 3
     parts = [part for index in indexes for part in parts_of_row(rows, index)]
     step = SEQ_LEN + 1
     expected = [ids[start : start + step] for ids in DOCUMENTS for start in range(0, len(ids), step)]
@@ -204,5 +204,5 @@ def test_bad_arguments(corpus: Corpus, tmp_path: Path):
     with pytest.raises(ValueError, match="seq_len = 0"):
         BestFitRows(corpus, seq_len=0, seed=1)
     empty = Corpus.open(write_corpus(tmp_path / "empty", [[], []]))
-    with pytest.raises(ValueError, match="has no tokens"):
+    with pytest.raises(ValueError, match="has 0 tokens, fewer than one sequence"):
         BestFitRows(empty, seq_len=8, seed=1)

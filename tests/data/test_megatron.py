@@ -137,6 +137,7 @@ def damage(path: Path, offset: int, content: bytes) -> None:
         (50, struct.pack("<q", 2), "document 0, sequence 0 lies at bytes 2 to 6"),
         (58, struct.pack("<q", 8), "document 0, sequence 1 begins at byte 8, not where the one before it ends"),
         (74, struct.pack("<q", 400), r"document 1, sequence 3 lies at bytes 400 to 404, outside x\.bin"),
+        (74, struct.pack("<q", 2**63 - 4), r"document 1, sequence 3 lies at bytes .* outside x\.bin"),
         (82, struct.pack("<q", 1), "document borders do not run from 0 to 4"),
         (114, struct.pack("<q", 5), "document borders do not run from 0 to 4"),
     ],

@@ -91,14 +91,16 @@ def test_batch(corpora: list[Corpus], rows: type):
 def test_identity(corpora: list[Corpus]):
     """Checkpoints hold it: the words of the defaults must stay, and every option must change them."""
     tokens = [corpus.num_tokens for corpus in corpora]
-    shares = f"a:{tokens[0]}x0.5, b:{tokens[1]}x0.3, c:{tokens[2]}x0.2"
+    a, b, c = (corpus.content for corpus in corpora)
+    assert len({a, b, c}) == 3
+    shares = f"a:{tokens[0]}x0.5#{a}, b:{tokens[1]}x0.3#{b}, c:{tokens[2]}x0.2#{c}"
     words = f"seed 1, seq_len 32, corpora (tokens x weight) {shares}"
     assert make_mixture(corpora, [0.5, 0.3, 0.2]).identity == words
     streams = [
         CorpusStream(corpora[0], seq_len=32, seed=1, max_document_tokens=20),
         BestFitRows(corpora[1], seq_len=32, seed=1),
     ]
-    words = f"a:{tokens[0]}x0.5 (max_document_tokens 20), b:{tokens[1]}x0.5 (best_fit)"
+    words = f"a:{tokens[0]}x0.5#{a} (max_document_tokens 20), b:{tokens[1]}x0.5#{b} (best_fit)"
     assert Mixture(streams, [0.5, 0.5], seed=1).identity.endswith(words)
 
 
@@ -115,16 +117,13 @@ def test_rows_until(corpora: list[Corpus], limits: list[float | None], rows: typ
     ]
     assert not passed[0].any()
     assert [n for n, over in zip("abc", passed[1], strict=True) if over] == [name]
-    assert mixture.rows_until(dict(zip("abc", limits, strict=True))) == (end, name)
 
 
 def test_rows_without_limits(corpora: list[Corpus]):
     mixture = make_mixture(corpora, [0.5, 0.3, 0.2])
-    assert mixture.rows_until([None] * 3) is mixture.rows_until({}) is mixture.rows_until(()) is None
+    assert mixture.rows_until([None] * 3) is mixture.rows_until(()) is None
     with pytest.raises(ValueError, match="corpus 'b': max_epochs = 0, expected more than 0"):
         mixture.rows_until([None, 0, None])
-    with pytest.raises(ValueError, match=r"names \['d'\], the corpora are"):
-        mixture.rows_until({"d": 1})
     with pytest.raises(ValueError, match="2 limits for 3 corpora"):
         mixture.rows_until([1, 2])
 
@@ -136,6 +135,7 @@ def test_rows_without_limits(corpora: list[Corpus]):
         ([0.7, -0.2, 0.5], "corpus 'b': weight = -0.2"),
         ([float("nan"), 0.5, 0.5], "corpus 'a': weight = nan"),
         ([0.5, 0.3, 0.1], "weights of a, b, c sum to 0.9, expected 1"),
+        ([0.5, 0.3, 0.1995], "sum to 0.9995, expected 1"),
         ([0.5, 0.5], "2 weights for 3 corpora"),
     ],
 )
@@ -146,7 +146,17 @@ def test_bad_weights(weights: list[float], message: str):
 
 def test_renormalize():
     np.testing.assert_allclose(check_weights(["a", "b"], [3, 1], renormalize=True), [0.75, 0.25])
-    assert check_weights(["a", "b"], [0.5002, 0.5]).sum() == pytest.approx(1, abs=1e-15)
+    assert check_weights(["a", "b"], [0.5002, 0.5], renormalize=True).sum() == pytest.approx(1, abs=1e-15)
+
+
+def test_weights_are_shares_of_tokens_not_of_padding(tmp_path: Path):
+    """Documents that fill two thirds of a best-fit row, and short ones that fill it all but wholly."""
+    folders = [write_corpus(tmp_path / "x", [[1] * 22] * 300), write_corpus(tmp_path / "y", [[2] * 3] * 3000)]
+    streams = [BestFitRows(Corpus.open(folder), seq_len=32, seed=1) for folder in folders]
+    mixture = Mixture(streams, [0.5, 0.5], seed=1)
+    found = batch(mixture, 0, 2000)
+    counts = [int((found["input"] == token).sum()) for token in (1, 2)]
+    assert counts[0] / sum(counts) == pytest.approx(0.5, abs=0.002)
 
 
 def test_bad_mixtures(corpora: list[Corpus]):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from mobilellm_pro.data import part_workers, text_parts
-from mobilellm_pro.data.corpus_parts import make_plan, split_of
+from mobilellm_pro.data.corpus_parts import make_plan, only_one, split_of
 from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.documents import text_hash
 from mobilellm_pro.data.manifest import read_manifest, write_manifest
 from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.data.shard_writer import ShardWriter
@@ -47,18 +48,34 @@ def write_sources(folder: Path, count: int = 4, **settings: object) -> Path:
     return write_toml(folder, ("a",), source=str(folder / "text/a*.jsonl"), holdout=0.2, **settings)
 
 
-def test_documents_arrive_whole_and_split_by_id(tmp_path: Path):
+def test_documents_arrive_whole_and_split_by_text(tmp_path: Path):
     texts = {f"id{i}": f"Text number {i}: ünï {'x' * (i % 7)}" for i in range(200)} | {"e": "", "s": " \n"}
     write_text(tmp_path, texts)
     toml = write_toml(tmp_path, ("a",), holdout=0.2, min_chars=3)
     prepare(toml, workers=0)
     folder = tmp_path / "tokens/a"
     for split in ("train", "valid"):
-        ids = [key for key in texts if texts[key].strip() and split_of(key, 0.2) == split]
+        ids = [key for key in texts if texts[key].strip() and split_of(text_hash(texts[key]), 0.2) == split]
         assert decoded(folder, split) == [f"<|begin_of_text|>{texts[key]}<|end_of_text|>" for key in ids]
         assert read_manifest(folder).text_bytes[split] == sum(len(texts[key].encode()) for key in ids)
     assert 20 < read_manifest(folder).documents("valid") < 60
     assert read_manifest(folder).skipped == {"short": 2}
+
+
+def test_no_copy_of_a_held_out_text_is_trained_on(tmp_path: Path):
+    write_text(tmp_path, {f"id{i}": f"text {i % 20}" for i in range(400)})
+    prepare(write_toml(tmp_path, ("a",), holdout=0.3), workers=0)
+    train, valid = (set(decoded(tmp_path / "tokens/a", split)) for split in ("train", "valid"))
+    assert train and valid and not train & valid and len(train | valid) == 20
+
+
+def test_another_run_is_noticed_before_looking_at_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a run that looked before the other finished would make its parts, and remove its shards, once more."""
+    toml = write_sources(tmp_path)
+    monkeypatch.setattr("mobilellm_pro.data.prepare.read_plan", lambda folder: pytest.fail("looked without the lock"))
+    with only_one(tmp_path / "tokens/a"), pytest.raises(ValueError, match=r"prepare\.lock: another `prepare`"):
+        prepare(toml, workers=0)
+    assert not (tmp_path / "tokens/a/prepare.lock").exists()
 
 
 def test_split_ignores_the_order_of_the_input(tmp_path: Path):

@@ -74,8 +74,10 @@ def test_state_is_a_few_integers(data: Data) -> None:
     rows = iter(loader)
     next(rows), next(rows)
     state = loader.state_dict()
-    assert state["next_sequence"] == 16 and set(state) == {"next_sequence", "mixture"}
-    other = MixtureLoader(open_mixture(data, "train", 64), 5, 0, 2)
+    assert state["next_sequence"] == 16 and set(state) == {"next_sequence", "rows_per_step", "mixture"}
+    with pytest.raises(ValueError, match="steps have 8 rows, the configuration's 10"):
+        MixtureLoader(open_mixture(data, "train", 64), 5, 0, 2).load_state_dict(state)
+    other = MixtureLoader(open_mixture(data, "train", 64), 5, 0, 2, rows_per_step=8)
     other.load_state_dict(state)
     with pytest.raises(ValueError, match="cannot resume at sequence 16 with 2 data-parallel ranks of 5 rows"):
         next(iter(other))
@@ -87,14 +89,14 @@ def test_state_is_a_few_integers(data: Data) -> None:
 def test_epochs_are_counted_and_limited(data: Data) -> None:
     mixture = open_mixture(data, "train", 64)
     tokens = {stream.corpus.name: stream.corpus.num_tokens for stream in mixture.streams}
-    loader = MixtureLoader(mixture, 10, 0, 1, names=["a", "b"], max_epochs=[None, 1.0])
-    last = loader.last_step(10_000, 2)  # steps of 20 rows
-    assert loader.last_step(3, 2) == 3
+    loader = MixtureLoader(mixture, 10, 0, 1, rows_per_step=20, max_epochs=[None, 1.0])
+    last = loader.last_step(10_000)
+    assert loader.last_step(3) == 3
     loader.next_sequence = 20 * last
     consumed = loader.consumed()
     assert consumed["tokens/b"] <= tokens["b"] < consumed["tokens/b"] + 20 * 64
     assert consumed["epochs/b"] == pytest.approx(consumed["tokens/b"] / tokens["b"], abs=1e-6)
-    assert MixtureLoader(mixture, 10, 0, 1, max_epochs=[None, None]).last_step(10_000, 2) == 10_000
+    assert MixtureLoader(mixture, 10, 0, 1, max_epochs=[None, None]).last_step(10_000) == 10_000
 
 
 def test_held_out_documents_are_in_no_training_row(data: Data, tmp_path: Path) -> None:
