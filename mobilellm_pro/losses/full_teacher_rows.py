@@ -16,7 +16,7 @@ from mobilellm_pro.losses.chunk_logits import ChunkLogits
 from mobilellm_pro.losses.problem import all_gather
 
 # fp32 logits of a tile: few enough for a CPU's last-level cache, enough to fill a GPU.
-TILE_BYTES = {"cpu": 7 * 2**19, "cuda": 64 * 2**20}
+TILE_BYTES = {"cpu": 5 * 2**20, "cuda": 64 * 2**20}
 
 
 class Factors(NamedTuple):
