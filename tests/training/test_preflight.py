@@ -73,7 +73,7 @@ def test_corrupt_and_missing_corpora(world: SmallWorld, tmp_path: Path) -> None:
 def test_validation_that_asks_for_more_than_was_held_out(world: SmallWorld) -> None:
     extra = ("--validation.enable", "--validation.seq_len", "64", "--validation.steps", "1000")
     text = found(world, *extra)
-    assert "lower validation.steps" in text and "held-out tokens of a" in text
+    assert "lower validation.steps" in text and "held-out rows of a" in text
 
 
 def test_teacher_folder_with_missing_tensors(world: SmallWorld, tmp_path: Path) -> None:
