@@ -4,9 +4,10 @@ Items are sorted by a keyed integer hash written out below, not by a library's r
 between releases: a run that lasts months must find its order again.
 
 Up to 2^20 items this sorts the items themselves. More of them form 2^20 or fewer blocks of neighbours; the blocks are
-sorted by their hash, every 64 blocks of that order form a group, and the items of a group are sorted by theirs. So only
-an order of blocks is held, a group is laid out when it is asked for, and neighbours on disk still come thousands of
-groups apart from most of their neighbourhood. With one item a block both definitions are the same order.
+sorted by their hash, every 64 blocks of that order (more where they hold less than 1,024 items) form a group, and the
+items of a group are sorted by theirs. So only an order of blocks is held, a group is laid out when it is asked for, and
+neighbours on disk still come thousands of groups apart from most of their neighbourhood. With one item a block both
+definitions are the same order.
 """
 
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import numpy as np
 
 MAX_BLOCKS = 2**20
 GROUP_BLOCKS = 64
+GROUP_ITEMS = 1024  # at least: laying out a group costs as much as some hundred items
 _CACHED_EPOCHS = 2  # a row that crosses an epoch border needs both
 _CHUNK_ITEMS = 2**20
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -63,6 +65,7 @@ class BlockShuffle:
         """
         self.num_items, self.total = num_items, int(block_weights.sum())
         self._key, self._weights, self._size = key, block_weights, _block_size(num_items)
+        self._group_blocks = max(GROUP_BLOCKS, GROUP_ITEMS // self._size)
         self._epochs: Recent[tuple[np.ndarray, np.ndarray]] = Recent(_CACHED_EPOCHS)
 
     def find(self, epoch: int, offset: int) -> tuple[int, int]:
@@ -73,7 +76,7 @@ class BlockShuffle:
 
     def items(self, epoch: int, group: int) -> np.ndarray:
         """int64 [items of the group] in order."""
-        blocks = self._epoch(epoch)[0][group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
+        blocks = self._epoch(epoch)[0][group * self._group_blocks : (group + 1) * self._group_blocks]
         items = (blocks[:, None] * self._size + np.arange(self._size)).ravel()
         items = items[items < self.num_items]  # the last block may be shorter
         return items[np.argsort(_hashes(items, self._key, epoch), kind="stable")]
@@ -84,7 +87,7 @@ class BlockShuffle:
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(self._weights), self._key, epoch)
-        sums = np.add.reduceat(self._weights[order], np.arange(0, len(order), GROUP_BLOCKS))
+        sums = np.add.reduceat(self._weights[order], np.arange(0, len(order), self._group_blocks))
         return order, np.cumsum(sums)
 
 

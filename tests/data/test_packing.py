@@ -101,6 +101,7 @@ def test_many_documents_in_blocks(tmp_path: Path, blocks: int, monkeypatch: pyte
     """More documents than blocks: still each once an epoch, and rows that follow the order of the groups."""
     monkeypatch.setattr(shuffle, "MAX_BLOCKS", blocks)
     monkeypatch.setattr(shuffle, "GROUP_BLOCKS", 4)
+    monkeypatch.setattr(shuffle, "GROUP_ITEMS", 1)
     documents = random_documents(200, 9)
     corpus = Corpus.open(write_corpus(tmp_path / "b", documents, per_shard=70, vocab_size=1000))
     rows = CorpusStream(corpus, seq_len=13, seed=1)
@@ -113,8 +114,9 @@ def test_many_documents_in_blocks(tmp_path: Path, blocks: int, monkeypatch: pyte
     check_rows(rows, range(2 * corpus.num_tokens // 13 - 1), np.concatenate(ordered).astype(int), begins)
 
 
-def test_one_item_a_block_is_the_plain_order():
+def test_one_item_a_block_is_the_plain_order(monkeypatch: pytest.MonkeyPatch):
     """Groups only cut the permutation, so an order does not change with how much of it is laid out."""
+    monkeypatch.setattr(shuffle, "GROUP_ITEMS", 64)
     weights = np.random.default_rng(0).integers(0, 9, 1000)
     orders = BlockShuffle(1000, 42, sum_blocks(1000, lambda first, last: weights[first:last]))
     for epoch in range(3):
