@@ -37,10 +37,15 @@ PART_BYTES = 256 * 2**20
 """Sources are added to a part until they reach this: minutes of work, so a kill costs little and all cores are busy."""
 
 
-def split_of(document_id: str, holdout: float) -> str:
-    """ "valid" for a share `holdout` of all ids, else "train"; a function of the id alone."""
-    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "valid" if int.from_bytes(digest, "big") < holdout * 2**64 else "train"
+def split_of(key: str, holdout: float) -> str:
+    """ "valid" for a share `holdout` of all keys (`text_hash` of a document), else "train"."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return "valid" if held_out(digest, holdout) else "train"
+
+
+def held_out(digest: bytes, holdout: float) -> bool:
+    """Whether a digest of 8 bytes is among the share `holdout` of all that belong to "valid"."""
+    return int.from_bytes(digest, "big") < holdout * 2**64
 
 
 @dataclass(frozen=True)
@@ -258,9 +263,8 @@ def only_one(folder: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = (
-                os.fstat(file.fileno()).st_nlink > 0
-            )  # else its holder has just removed it, and others lock a new one
+            # A holder that is done removes the file; whoever had it open then locks one that others do not see.
+            free = os.fstat(file.fileno()).st_nlink > 0
         except BlockingIOError:
             free = False
         except OSError:

@@ -29,7 +29,7 @@ class Document(NamedTuple):
     """One document.
 
     Attributes:
-        id: decides on which side of the held-out split it falls.
+        id: names it in messages.
         text: all of it.
         language: what the language column says, "" without one.
         position: bytes of the source consumed so far (compressed ones of a packed file), 0 where nobody tells.

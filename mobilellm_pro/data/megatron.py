@@ -5,7 +5,7 @@ documents out; what is written are new indexes, each beside a link to the origin
 (`shard_index` has the layout) a document may be several sequences, which are joined here, and an index of text with
 pictures ends with a type for each sequence, int8, 0 for text.
 
-A document has no id that a hash could be made of, so its tokens decide on which side of the held-out split it falls.
+As its text does elsewhere, a document's tokens decide on which side of the held-out split it falls.
 """
 
 import hashlib
@@ -16,17 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord
+from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord, held_out
 from mobilellm_pro.data.dataset_config import DatasetConfig, Source
 from mobilellm_pro.data.manifest import ShardRecord, file_sha256
-from mobilellm_pro.data.shard_index import DTYPE_OF_CODE, HEADER, MAGIC, VERSION, map_array, write_index
+from mobilellm_pro.data.shard_index import (
+    DTYPE_OF_CODE,
+    HEADER,
+    MAX_DOCUMENT_TOKENS,
+    map_array,
+    unpack_header,
+    write_index,
+)
 from mobilellm_pro.data.shard_writer import flush_to_disk, full_disk_named
 from mobilellm_pro.data.source_records import source_mtime, source_record
 from mobilellm_pro.data.text_parts import ReportProgress
 from mobilellm_pro.data.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 2**22
-_MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32 in the index
 _OTHER_TYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "float64", 7: "float32"}
 _COPY = "copy the .idx and .bin again, or make them again with the program that wrote them"
 
@@ -116,11 +122,7 @@ def read_megatron_index(path: Path) -> MegatronIndex:
     for file in (path, path.with_suffix(".bin")):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, expected an .idx and its .bin: {_COPY}")
-    with path.open("rb") as head:
-        raw = head.read(HEADER.size)
-    magic, version, code, sequences, borders = HEADER.unpack(raw.ljust(HEADER.size, b"\0"))
-    if magic != MAGIC or version != VERSION:
-        raise ValueError(f"{path}: not an index of version {VERSION} (it starts with {raw[:17]!r}): {_COPY}")
+    code, sequences, borders = unpack_header(path, _COPY)
     if code not in DTYPE_OF_CODE:
         name = _OTHER_TYPES.get(code, "an unknown type")
         raise ValueError(f"{path}: ids are {name} (code {code}), expected int32 or uint16: tokenize again as int32")
@@ -178,9 +180,9 @@ def _join(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray
         )
     sums = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     totals = np.diff(sums[first])
-    if totals.max(initial=0) > _MAX_DOCUMENT_TOKENS:
+    if totals.max(initial=0) > MAX_DOCUMENT_TOKENS:
         raise ValueError(
-            f"{path}: document {int(totals.argmax())} has {totals.max()} tokens, more than {_MAX_DOCUMENT_TOKENS}: "
+            f"{path}: document {int(totals.argmax())} has {totals.max()} tokens, more than {MAX_DOCUMENT_TOKENS}: "
             "split it"
         )
     starts = np.append(pointers // dtype.itemsize, 0)[first[:-1]]  # an empty document may come after all sequences
@@ -210,7 +212,7 @@ def _scan(index: MegatronIndex, tokenizer: Tokenizer, holdout: float) -> _Scan:
                 digests = [hashlib.blake2b(part.data, digest_size=8) for part in np.split(block, offsets[1:])]
         if len(documents) == 1:
             digests = [alone]
-        valid[documents] = [int.from_bytes(digest.digest(), "big") < holdout * 2**64 for digest in digests]
+        valid[documents] = [held_out(digest.digest(), holdout) for digest in digests]
     return _Scan(valid, text_bytes, max_id)
 
 

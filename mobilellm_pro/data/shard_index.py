@@ -32,6 +32,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_OF_CODE: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 REMAKE = "delete the folder and run `prepare` again"
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
 _CHUNK_DOCUMENTS = 2**20  # checks and writes go through the arrays in steps of this many
 
 
@@ -136,13 +137,20 @@ def map_array(
     return np.frombuffer(content, dtype, count, offset)
 
 
-def _read_header(path: Path) -> tuple[np.dtype, int]:
-    """(type of the ids, number of documents)."""
+def unpack_header(path: Path, cure: str) -> tuple[int, int, int]:
+    """(type code, sequences, document borders) of an index of any writer; ValueError with the cure if it is none."""
     with path.open("rb") as file:
         raw = file.read(HEADER.size)
-    magic, version, code, sequences, borders = HEADER.unpack(raw.ljust(HEADER.size, b"\0"))
+    magic, version, *numbers = HEADER.unpack(raw.ljust(HEADER.size, b"\0"))
     if magic != MAGIC or version != VERSION:
-        raise ValueError(f"{path}: not an index of version {VERSION} (it starts with {raw[:9]!r}): {REMAKE}")
+        raise ValueError(f"{path}: not an index of version {VERSION} (it starts with {raw[:17]!r}): {cure}")
+    code, sequences, borders = numbers
+    return code, sequences, borders
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int]:
+    """(type of the ids, number of documents)."""
+    code, sequences, borders = unpack_header(path, REMAKE)
     if code not in DTYPE_OF_CODE:
         raise ValueError(f"{path}: ids have type code {code}, expected 4 (int32) or 8 (uint16): prepare as int32")
     size, expected = path.stat().st_size, HEADER.size + 12 * sequences + 8 * borders

@@ -22,10 +22,9 @@ from typing import BinaryIO
 import numpy as np
 
 from mobilellm_pro.data.manifest import ShardRecord, file_sha256
-from mobilellm_pro.data.shard_index import write_index
+from mobilellm_pro.data.shard_index import MAX_DOCUMENT_TOKENS, write_index
 
 _BUFFER_TOKENS = 1_000_000  # written, hashed and searched for the largest id at once
-_MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32 in the index
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -89,9 +88,9 @@ class ShardWriter:
         Raises:
             ValueError: the document has more tokens than an index can say, or the disk is full.
         """
-        if self._document_tokens > _MAX_DOCUMENT_TOKENS:
+        if self._document_tokens > MAX_DOCUMENT_TOKENS:
             raise ValueError(
-                f"document {document_id!r} has {self._document_tokens} tokens, more than the {_MAX_DOCUMENT_TOKENS} "
+                f"document {document_id!r} has {self._document_tokens} tokens, more than the {MAX_DOCUMENT_TOKENS} "
                 "that an index can hold: split the document"
             )
         self._lengths.append(self._document_tokens)

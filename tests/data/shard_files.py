@@ -26,6 +26,13 @@ def write_corpus(
     return folder
 
 
+def damage(path: Path, offset: int, content: bytes) -> None:
+    """Overwrites bytes of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(content)] = content
+    path.write_bytes(raw)
+
+
 def random_documents(count: int, longest: int, *, seed: int = 0, vocab_size: int = 1000) -> list[list[int]]:
     """Documents of 0 to `longest` tokens; ids are random, so that a misplaced token is seen."""
     rng = np.random.default_rng(seed)

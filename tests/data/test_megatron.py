@@ -13,6 +13,7 @@ from mobilellm_pro.data.megatron import read_megatron_index
 from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
+from tests.data.shard_files import damage
 from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora
 
 ASSETS = Path(__file__).parents[1] / "assets" / "megatron"
@@ -117,12 +118,6 @@ def test_source_changed_after_adoption(tmp_path: Path):
     write_pair(tmp_path / "x", [[[1, 2]], [[4]]])
     with pytest.raises(ValueError, match=r"source files changed: .*x\.idx has another content"):
         adopt(tmp_path, path, holdout=0.0)
-
-
-def damage(path: Path, offset: int, content: bytes) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset : offset + len(content)] = content
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mobilellm_pro.data import manifest, shard_index
 from mobilellm_pro.data.shard_index import ShardIndex, write_index
 from mobilellm_pro.data.shards import Corpus
 from tests.data import shard_files
+from tests.data.shard_files import damage
 from tests.data.synthetic import make_corpora
 
 DOCUMENTS = [[7, 1, 2, 8], [7, 8], [7, 3, 3, 3, 3, 8], [7, 4, 8]]
@@ -116,12 +117,6 @@ def test_truncated_bin(tmp_path: Path):
         match=r"train-00000\.bin: 20 bytes, but train-00000\.idx puts document 1 at bytes 16 to 24.*`prepare`",
     ):
         Corpus.open(tmp_path)
-
-
-def damage(path: Path, offset: int, content: bytes) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset : offset + len(content)] = content
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     compare_with_one_rank(rank, SPLITS[world_size][0], mesh["tp"])
     with pytest.raises(ValueError, match="one-rank reference"):
         run(cases()[0], impl="torch", vocab_group=mesh)
+    (Path(folder) / f"compared_{rank}").write_text(str(len(SPLITS[world_size])))
     dist.destroy_process_group()
 
 
@@ -111,3 +112,5 @@ def test_split_vocabulary_equals_one_rank(world_size: int, tmp_path: Path):
     # A server that has imported torch once forks the ranks; fresh interpreters would each import it again.
     mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(worker, args=(world_size, str(tmp_path)), nprocs=world_size, start_method="forkserver")
+    compared = [(tmp_path / f"compared_{rank}").read_text() for rank in range(world_size)]
+    assert compared == [str(len(SPLITS[world_size]))] * world_size, "a rank ended before it had compared everything"
