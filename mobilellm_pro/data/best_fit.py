@@ -9,14 +9,14 @@ Which documents share a row does not depend on the seed: it is decided once (`ro
 the rows (`shuffle`).
 
     rows = BestFitRows(Corpus.open(folder), seq_len=2048, seed=1)
-    rows.fill(123_456, input_S, labels_S, document_ids_S)
+    write_rows([(rows.corpus, rows.pieces(123_456))], input_BS, labels_BS, document_ids_BS)
 """
 
 from functools import cached_property
 
 import numpy as np
 
-from mobilellm_pro.data.packing import Pieces, check_sizes, describe_options, write_row
+from mobilellm_pro.data.packing import Pieces, check_sizes, describe_options
 from mobilellm_pro.data.row_assignment import RowAssignment
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.shuffle import BlockShuffle, Recent, hash_key, sum_blocks
@@ -69,25 +69,14 @@ class BestFitRows:
         """Passes over the corpus after the first `rows` rows."""
         return rows / self._assignment.num_rows
 
-    def fill(self, index: int, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray) -> None:
-        """Writes row `index` >= 0 into views of a batch, S = seq_len.
-
-        Args:
-            index: of the row.
-            input_S: int64 [S]; 0 in padding.
-            labels_S: int64 [S], the next tokens; -100 where a document or its part ends, and in padding.
-            document_ids_S: int32 [S], 0 at the first input, one more at every input that begins a document or padding.
-
-        Raises:
-            ValueError: an id outside the vocabulary.
-        """
+    def pieces(self, index: int) -> Pieces:
+        """What row `index` >= 0 consists of: at most seq_len + 1 tokens."""
         epoch, offset = divmod(index, self._assignment.num_rows)
         group, place = self._shuffle.find(epoch, offset)
         order = self._groups.get((epoch, group), lambda: self._shuffle.items(epoch, group))
         row = self._assignment.row(int(order[place]))
         shards, begins, _ = self.corpus.locate(row["document"])
-        columns = (row["document"], shards, begins + row["start"], row["length"])
-        write_row(self.corpus, Pieces(*(column.tolist() for column in columns)), input_S, labels_S, document_ids_S)
+        return Pieces(row["document"].tolist(), self.corpus.views(shards, begins + row["start"], row["length"]))
 
 
 def _ones(first: int, last: int) -> np.ndarray:

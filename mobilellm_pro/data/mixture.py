@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from mobilellm_pro.data.packing import Pieces, write_rows
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.shuffle import hash_key
 
@@ -45,8 +46,8 @@ class Rows(Protocol):
     def epochs(self, rows: int) -> float:
         """Passes after the first `rows` rows."""
 
-    def fill(self, index: int, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray) -> None:
-        """Writes row `index`."""
+    def pieces(self, index: int) -> Pieces:
+        """Parts of documents that row `index` consists of, at most seq_len + 1 tokens."""
 
 
 class Mixture:
@@ -150,6 +151,7 @@ def batch(mixture: Mixture, start: int, count: int) -> dict[str, torch.Tensor]:
         labels: int64 [B, S], the next token; -100 where the next token begins another document, which nothing predicts.
         document_ids: int32 [B, S], 0 at the first input, one more at every input that begins a document.
         corpus: int32 [B], index into `mixture.names`.
+        row: int64 [B], number of the row in its corpus.
 
     Raises:
         ValueError: an id outside the vocabulary of its corpus.
@@ -160,11 +162,15 @@ def batch(mixture: Mixture, start: int, count: int) -> dict[str, torch.Tensor]:
         "labels": torch.empty(shape, dtype=torch.int64),
         "document_ids": torch.empty(shape, dtype=torch.int32),
         "corpus": torch.empty(count, dtype=torch.int32),
+        "row": torch.empty(count, dtype=torch.int64),
     }
-    inputs, labels, documents, corpora = (tensor.numpy() for tensor in tensors.values())
+    inputs, labels, documents, corpora, numbers = (tensor.numpy() for tensor in tensors.values())
+    rows = []
     for b in range(count):
-        corpora[b], row = mixture.place(start + b)
-        mixture.streams[corpora[b]].fill(row, inputs[b], labels[b], documents[b])
+        corpora[b], numbers[b] = mixture.place(start + b)
+        stream = mixture.streams[corpora[b]]
+        rows.append((stream.corpus, stream.pieces(int(numbers[b]))))
+    write_rows(rows, inputs, labels, documents)
     return tensors
 
 

@@ -5,12 +5,13 @@ covers the tokens [j * seq_len, (j + 1) * seq_len] including the last one, which
 first token of row j + 1: every token is an input exactly once, and no token is lost at the border of rows or epochs.
 
     stream = CorpusStream(Corpus.open(folder), seq_len=2048, seed=1)
-    stream.fill(123_456, input_S, labels_S, document_ids_S)
+    write_rows([(stream.corpus, stream.pieces(123_456))], input_BS, labels_BS, document_ids_BS)
 
-S = seq_len throughout.
+S = seq_len throughout, B rows.
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -28,14 +29,11 @@ class Pieces(NamedTuple):
 
     Attributes:
         documents: numbers, for messages.
-        shards, begins: where the part lies: first token in `corpus.shard_ids` of the shard.
-        counts: tokens, at least 1 each.
+        ids: views of the mapped tokens, at least 1 each.
     """
 
     documents: list[int]
-    shards: list[int]
-    begins: list[int]
-    counts: list[int]
+    ids: list[np.ndarray]
 
 
 class _Group(NamedTuple):
@@ -91,38 +89,27 @@ class CorpusStream:
         """Passes over the corpus after the first `rows` rows."""
         return rows * self.seq_len / self.num_tokens
 
-    def fill(self, index: int, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray) -> None:
-        """Writes row `index` >= 0 into views of a batch.
-
-        Args:
-            index: of the row.
-            input_S: int64 [S].
-            labels_S: int64 [S], the next tokens; -100 where the next token begins another document.
-            document_ids_S: int32 [S], 0 at the first input, one more at every input that begins a document.
-
-        Raises:
-            ValueError: an id outside the vocabulary.
-        """
-        row, filled = Pieces([], [], [], []), 0
+    def pieces(self, index: int) -> Pieces:
+        """What row `index` >= 0 consists of: seq_len + 1 tokens, or seq_len where a document ends with the row."""
+        row, filled = Pieces([], []), 0
         while filled < self.seq_len:
             epoch, offset = divmod(index * self.seq_len + filled, self.num_tokens)
             group, offset = self._shuffle.find(epoch, offset)
             filled += self._take(epoch, group, offset, self.seq_len + 1 - filled, row)
-        write_row(self.corpus, row, input_S, labels_S, document_ids_S)
+        return row
 
     def _take(self, epoch: int, group: int, offset: int, need: int, row: Pieces) -> int:
         """Appends up to `need` tokens from token `offset` of a group on to the row; returns how many it found."""
-        pieces, ends = self._groups.get((epoch, group), lambda: self._lay_out(epoch, group))
+        (documents, views), ends = self._groups.get((epoch, group), lambda: self._lay_out(epoch, group))
         first, last = bisect_right(ends, offset), bisect_left(ends, offset + need) + 1
-        part = Pieces(*(values[first:last] for values in pieces))
-        skipped = offset - (ends[first] - part.counts[0])
-        part.begins[0] += skipped
-        part.counts[0] -= skipped
+        ids = views[first:last]
+        skipped = len(ids[0]) - (ends[first] - offset)
         found = ends[min(last, len(ends)) - 1] - offset
         if found > need:
-            part.counts[-1] -= found - need
-        for values, more in zip(row, part, strict=True):
-            values.extend(more)
+            ids[-1] = ids[-1][: need - found]
+        ids[0] = ids[0][skipped:]
+        row.documents.extend(documents[first:last])
+        row.ids.extend(ids)
         return min(found, need)
 
     def _lay_out(self, epoch: int, group: int) -> _Group:
@@ -130,11 +117,9 @@ class CorpusStream:
         shards, begins, counts = self.corpus.locate(documents)
         if self.max_document_tokens is not None:
             np.minimum(counts, self.max_document_tokens, out=counts)
-        with_tokens = counts > 0
-        columns = (documents, shards, begins, counts)
-        return _Group(
-            Pieces(*(column[with_tokens].tolist() for column in columns)), np.cumsum(counts[with_tokens]).tolist()
-        )
+        some = counts > 0
+        views = self.corpus.views(shards[some], begins[some], counts[some])
+        return _Group(Pieces(documents[some].tolist(), views), np.cumsum(counts[some]).tolist())
 
     @cached_property
     def _shuffle(self) -> BlockShuffle:
@@ -160,53 +145,57 @@ def describe_options(packing: str, max_document_tokens: int | None) -> str:
     return ", ".join(part for part in (packing, limit) if part)
 
 
-def write_row(
-    corpus: Corpus, pieces: Pieces, input_S: np.ndarray, labels_S: np.ndarray, document_ids_S: np.ndarray
+def write_rows(
+    rows: Sequence[tuple[Corpus, Pieces]], input_BS: np.ndarray, labels_BS: np.ndarray, document_ids_BS: np.ndarray
 ) -> None:
-    """Writes parts of documents one after another into a row; every entry of the row is written once.
+    """Writes the rows of a batch, each the parts of documents of one corpus one after another.
 
     Token i + 1 of a part is the label of its token i, and nothing predicts across parts. A part may reach one token
     beyond the row: that token is a label only. A row that is not full ends in padding: input 0, no label, and a
     document of its own.
 
     Args:
-        corpus: that the parts lie in.
-        pieces: of at most S + 1 tokens together.
-        input_S, labels_S: int64 [S], written.
-        document_ids_S: int32 [S], written.
+        rows: B pairs (where the parts lie, parts of at most S + 1 tokens together).
+        input_BS, labels_BS: int64 [B, S], written.
+        document_ids_BS: int32 [B, S], written.
 
     Raises:
         ValueError: an id outside the vocabulary, with its file and document.
     """
-    size, position, ordinal = len(input_S), 0, 0
-    for shard, begin, count in zip(pieces.shards, pieces.begins, pieces.counts, strict=True):
-        ids, end, last = corpus.shard_ids[shard], position + count, begin + count
-        if end > size:
-            input_S[position:] = ids[begin : last - 1]
-            labels_S[position:] = ids[begin + 1 : last]
-        else:
-            input_S[position:end] = ids[begin:last]
-            labels_S[position : end - 1] = ids[begin + 1 : last]
-            labels_S[end - 1] = IGNORE
-        document_ids_S[position:end] = ordinal
-        position, ordinal = end, ordinal + 1
-    if position < size:
-        input_S[position:], labels_S[position:], document_ids_S[position:] = 0, IGNORE, ordinal
-    last_label = int(labels_S[-1])  # the only one that is not an input too
+    num_rows, size = input_BS.shape
+    slots = size + 1
+    ids: list[np.ndarray] = []
+    numbers: list[int] = []
+    padding = []
+    for row, (_, pieces) in enumerate(rows):
+        parts, filled = pieces.ids, sum(map(len, pieces.ids))
+        if filled < slots:
+            parts = [*parts, np.zeros(slots - filled, np.int32)]
+        if filled < size:
+            padding.append((row, filled))
+        ids += parts
+        numbers += range(len(parts))
+    counts = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens_BT = np.concatenate(ids, dtype=np.int32).reshape(num_rows, slots)
     # As unsigned numbers negative ids are the largest: one pass finds both kinds.
-    if input_S.view(np.uint64).max() >= corpus.vocab_size or not (
-        last_label == IGNORE or 0 <= last_label < corpus.vocab_size
-    ):
-        _raise_illegal_id(corpus, pieces)
+    if tokens_BT.view(np.uint32).max() >= min(corpus.vocab_size for corpus, _ in rows):
+        _check_ids(rows)
+    input_BS[:], labels_BS[:] = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    row_of_end, last = np.divmod(np.cumsum(counts) - 1, slots)
+    inside = last < size
+    labels_BS[row_of_end[inside], last[inside]] = IGNORE
+    for row, filled in padding:
+        labels_BS[row, filled:] = IGNORE
+    document_ids_BS[:] = np.repeat(np.array(numbers, np.int32), counts).reshape(num_rows, slots)[:, :-1]
 
 
-def _raise_illegal_id(corpus: Corpus, pieces: Pieces) -> None:
-    for document, shard, begin, count in zip(*pieces, strict=True):
-        ids = corpus.shard_ids[shard][begin : begin + count]
-        wrong = (ids < 0) | (ids >= corpus.vocab_size)
-        if wrong.any():
-            raise ValueError(
-                f"{corpus.binary_of(document)}: document {document} holds id {ids[wrong.argmax()]}, outside the "
-                f"vocabulary of {corpus.vocab_size}: the file was changed or is damaged; "
-                "delete the folder and run `prepare` again"
-            )
+def _check_ids(rows: Sequence[tuple[Corpus, Pieces]]) -> None:
+    for corpus, pieces in rows:
+        for document, ids in zip(*pieces, strict=True):
+            wrong = (ids < 0) | (ids >= corpus.vocab_size)
+            if wrong.any():
+                raise ValueError(
+                    f"{corpus.binary_of(document)}: document {document} holds id {ids[wrong.argmax()]}, outside the "
+                    f"vocabulary of {corpus.vocab_size}: the file was changed or is damaged; "
+                    "delete the folder and run `prepare` again"
+                )

@@ -69,8 +69,9 @@ class Tokenizer:
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(special_names(len(ranks)))}
         self.vocab_size = len(ranks) + len(self.special_ids)
         self.bos_id, self.eos_id, self.pad_id = (self.special_ids[name] for name in (BOS, EOS, PAD))
+        # tiktoken looks for special names in every text, for one of them in less time than for all: text never holds any.
         self._encoding = tiktoken.Encoding(
-            "mobilellm_pro", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
+            "mobilellm_pro", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos_id}
         )
 
     @classmethod
@@ -146,7 +147,13 @@ class Tokenizer:
                 f"token id {wrong[0]} is outside the vocabulary of {self.source} (0 to {self.vocab_size - 1}): "
                 "the ids were made by another tokenizer or model"
             )
-        return self._encoding.decode([int(i) for i in ids])
+        return b"".join([self._bytes[int(i)] for i in ids]).decode("utf-8", "replace")
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """What each id stands for; a special token for its name."""
+        ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
+        return ordinary + [name.encode() for name in self.special_ids]
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from mobilellm_pro.data import row_assignment
 from mobilellm_pro.data.best_fit import BestFitRows
-from mobilellm_pro.data.packing import IGNORE
+from mobilellm_pro.data.packing import IGNORE, write_rows
 from mobilellm_pro.data.row_assignment import RowAssignment, best_fit
 from mobilellm_pro.data.shards import Corpus
 from tests.data.shard_files import random_documents, write_corpus
@@ -31,9 +31,9 @@ def rows(corpus: Corpus, request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 
 def read_row(rows: BestFitRows, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    row = tuple(np.full(rows.seq_len, 77, dtype) for dtype in (np.int64, np.int64, np.int32))
-    rows.fill(index, *row)
-    return row
+    row = tuple(np.full((1, rows.seq_len), 77, dtype) for dtype in (np.int64, np.int64, np.int32))
+    write_rows([(rows.corpus, rows.pieces(index))], *row)
+    return tuple(array[0] for array in row)
 
 
 def parts_of_row(rows: BestFitRows, index: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 
 from mobilellm_pro.data.best_fit import BestFitRows
 from mobilellm_pro.data.mixture import Mixture, batch, check_weights
-from mobilellm_pro.data.packing import CorpusStream
+from mobilellm_pro.data.packing import CorpusStream, write_rows
 from mobilellm_pro.data.shards import Corpus
 from tests.data.shard_files import random_documents, write_corpus
 
@@ -77,15 +77,17 @@ def test_batch(corpora: list[Corpus], rows: type):
     mixture = make_mixture(corpora, [0.5, 0.3, 0.2], rows=rows)
     found = batch(mixture, 0, 6)
     kinds = {"input": torch.int64, "labels": torch.int64, "document_ids": torch.int32, "corpus": torch.int32}
+    kinds["row"] = torch.int64
     assert {key: value.dtype for key, value in found.items()} == kinds
     assert found["input"].shape == found["labels"].shape == found["document_ids"].shape == (6, 32)
     for b in range(6):
         corpus, row = mixture.place(b)
-        alone = [torch.zeros(32, dtype=kinds[key]) for key in ("input", "labels", "document_ids")]
-        mixture.streams[corpus].fill(row, *(tensor.numpy() for tensor in alone))
-        assert found["corpus"][b] == corpus
+        alone = [torch.zeros(1, 32, dtype=kinds[key]) for key in ("input", "labels", "document_ids")]
+        stream = mixture.streams[corpus]
+        write_rows([(stream.corpus, stream.pieces(row))], *(tensor.numpy() for tensor in alone))
+        assert (found["corpus"][b], found["row"][b]) == (corpus, row)
         for key, tensor in zip(("input", "labels", "document_ids"), alone, strict=True):
-            assert torch.equal(found[key][b], tensor)
+            assert torch.equal(found[key][b], tensor[0])
 
 
 def test_identity(corpora: list[Corpus]):

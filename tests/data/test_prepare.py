@@ -2,11 +2,14 @@
 
 import dataclasses
 import errno
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +239,58 @@ def test_killed_and_started_again(tmp_path: Path, one_source_a_part: None):
     assert not [path.name for path in folder.iterdir() if not re.fullmatch(r"manifest.json|.*\.(bin|idx)", path.name)]
 
 
+def workers_of(pid: int) -> list[int]:
+    """The processes below a `prepare` that make parts."""
+    below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in below if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def interrupt(pid: int) -> None:
+    """Ctrl-C in a terminal goes to the whole process group."""
+    os.killpg(pid, signal.SIGINT)
+
+
+def kill_a_worker(pid: int) -> None:
+    """What the kernel does where memory runs out."""
+    os.kill(workers_of(pid)[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "status", "message"),
+    [(interrupt, 130, ""), (kill_a_worker, 2, "a worker process died, most likely because memory ran out")],
+)
+def test_disturbed_workers(tmp_path: Path, disturb: Callable[[int], None], status: int, message: str):
+    """Ctrl-C, or a worker that is killed: finished parts stay, nothing runs on, and the next run makes the rest."""
+    for name in ("whole", "disturbed"):
+        write_sources(tmp_path / name, 2)
+        write_text(tmp_path / name, {f"long/{i}": f"{i} " * 20_000 for i in range(200)}, "a9")  # some seconds of work
+    prepare(tmp_path / "whole/datasets.toml", workers=0)
+    folder, toml = tmp_path / "disturbed/tokens/a", tmp_path / "disturbed/datasets.toml"
+    program = "from mobilellm_pro.data import corpus_parts; corpus_parts.PART_BYTES = 1\n"
+    program += (
+        f"from mobilellm_pro.__main__ import main; raise SystemExit(main(['prepare', {str(toml)!r}, '--workers', '2']))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("part-*.json"))) < 2:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = workers_of(child.pid)
+    assert workers and not (folder / "manifest.json").exists()
+    disturb(child.pid)
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == status and message in errors and "Traceback" not in errors, errors
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert len(list(folder.glob("part-*.json"))) == 2
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-0000[01]-*.bin")}
+    prepare(toml, workers=0)
+    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    assert len(all_bytes(folder)) > len(times)
+    assert decoded(folder, "train") == decoded(tmp_path / "whole/tokens/a", "train")
+
+
 def test_killed_in_the_middle_of_a_shard(tmp_path: Path):
     expected = all_bytes(make_corpora(tmp_path / "whole", ("a",))["a"])
     folder = make_corpora(tmp_path / "killed", ("a",))["a"]
@@ -360,3 +415,21 @@ def test_nothing_to_prepare(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"dataset 'a': no file matches"):
         prepare(write_toml(tmp_path, ("a",)), workers=0)
     assert not (tmp_path / "tokens/a/manifest.json").exists()
+
+
+class Terminal(io.StringIO):
+    """Takes text, and says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All source bytes, the speed in text, and the remaining time."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    toml = write_sources(tmp_path)
+    prepare(toml, workers=0)
+    last = sys.stderr.getvalue().rsplit("\r", 1)[-1]
+    total = sum(file.stat().st_size for file in (tmp_path / "text").iterdir())
+    assert last.startswith("100%") and f"{total / 1e3:.2f}k/{total / 1e3:.2f}k" in last
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*text \d+\.\d MB/s\]", last)
