@@ -12,6 +12,12 @@ from mobilellm_pro.config.config_error import Issue, Problem
 from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.config.no_effect import check_no_effect
+from mobilellm_pro.config.teacher_checks import (
+    check_teacher_cache,
+    check_teacher_layout,
+    check_teacher_machine,
+    check_teacher_ranks,
+)
 
 
 def check_keys(config: JobConfig) -> list[Issue]:
@@ -48,7 +54,7 @@ def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
         problems.append(
             Problem("machine", "metrics.enable_wandb", "true, without wandb", "`pip install wandb` or false")
         )
-    return problems
+    return problems + list(check_teacher_machine(config, device_type))
 
 
 def _positive(config: JobConfig) -> Iterator[Issue]:
@@ -245,16 +251,25 @@ def _mesh(config: JobConfig, world_size: int) -> Iterator[Issue]:
     if batch > 0 and batch % unit:
         expected = f"a multiple of {unit}: local_batch_size times {data_ranks} data parallel ranks"
         yield Issue(("training.global_batch_size",), str(batch), expected)
+    yield from check_teacher_ranks(config, world_size)
 
 
 def smallest_world_size(config: JobConfig) -> int:
-    """The least number of processes that the degrees of parallelism allow: a left-over shard degree counts as small."""
-    parallelism = config.parallelism
+    """The least number of processes that the degrees of parallelism allow: a left-over shard degree counts as small.
+
+    Where the student's degrees leave the number open, the teacher's may ask for more; what fits no number stays.
+    """
+    parallelism, own = config.parallelism, config.teacher.parallelism
     shard = parallelism.data_parallel_shard_degree
     if shard == -1:  # replicas without shards are refused
         shard = 2 if parallelism.data_parallel_replicate_degree > 1 else 1
     model_degrees = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
-    return parallelism.data_parallel_replicate_degree * shard * model_degrees
+    smallest = parallelism.data_parallel_replicate_degree * shard * model_degrees
+    if parallelism.data_parallel_shard_degree != -1:
+        return smallest
+    enough = own.tensor_parallel_degree * own.expert_parallel_degree * max(1, own.data_parallel_shard_degree)
+    sizes = range(smallest, smallest * enough + 1, smallest)
+    return next((size for size in sizes if not any(check_teacher_ranks(config, size))), smallest)
 
 
 def _mesh_cure(world_size: int, others: int, shard: int) -> str:
@@ -268,6 +283,8 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     check_distill,
     check_data,
     check_attention,
+    check_teacher_layout,
+    check_teacher_cache,
     _positive,
     _batch,
     _sequence,

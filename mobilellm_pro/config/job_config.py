@@ -65,6 +65,23 @@ class Distill:
 
 
 @dataclass
+class TeacherParallelism:
+    """How the frozen teacher lies on the ranks; independent of the student's [parallelism] but for the context axis."""
+
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of the weights (FSDP2). -1: all that the other degrees leave; 1: no sharding."""
+
+    tensor_parallel_degree: int = 1
+    """Ranks that split heads and feed-forward columns of every layer."""
+
+    expert_parallel_degree: int = 1
+    """Ranks that split the experts of every layer and send each other their tokens."""
+
+    resident: bool = False
+    """Weights stay gathered after their first use: no traffic, one whole copy (of this rank's heads and experts)."""
+
+
+@dataclass
 class Teacher:
     """The frozen teacher."""
 
@@ -73,6 +90,31 @@ class Teacher:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type that the teacher's weights are held and computed in."""
+
+    quantization: Literal["none", "float8"] = "none"
+    """`float8`: linear and expert weights are held in FP8 with a scale per output channel (torchao)."""
+
+    compile: bool = False
+    """Compile the teacher layer by layer."""
+
+    overlap: bool = False
+    """Run the teacher for the next micro-batch of a step beside the student's backward pass (second CUDA stream)."""
+
+    cache: Literal["off", "write", "read"] = "off"
+    """The teacher's last hidden states on disk. `write`: keep those of every row; `read`: take them from there and load
+    the teacher's head only."""
+
+    cache_path: str = ""
+    """Folder of the cache."""
+
+    cache_dtype: Literal["teacher", "float8"] = "teacher"
+    """`teacher`: as computed, without loss. `float8`: e4m3 with a scale per token, half of bfloat16."""
+
+    cache_file_mib: int = 256
+    """Size at which a rank begins another file."""
+
+    parallelism: TeacherParallelism = field(default_factory=TeacherParallelism)
+    """Layout of its own."""
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Tokenizer:
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(special_names(len(ranks)))}
         self.vocab_size = len(ranks) + len(self.special_ids)
         self.bos_id, self.eos_id, self.pad_id = (self.special_ids[name] for name in (BOS, EOS, PAD))
-        # tiktoken looks for special names in every text, for one of them in less time than for all: text never holds any.
+        # tiktoken looks for special names in every text, sooner for one than for all; none of them is wanted.
         self._encoding = tiktoken.Encoding(
             "mobilellm_pro", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos_id}
         )

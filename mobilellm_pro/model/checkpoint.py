@@ -3,18 +3,22 @@
 A DCP checkpoint has tensors but no architecture; the run's config.toml, two folders up, has it.
 """
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import ModelProtocol
 
 from mobilellm_pro.config import load
-from mobilellm_pro.model.hugging_face import load_tensors, read_config, read_into, student_args, teacher_args
+from mobilellm_pro.model.hugging_face import read_config, student_args, teacher_args
 from mobilellm_pro.model.registry import model_on_meta
+from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.student import Student
 from mobilellm_pro.model.teacher import Teacher
 
@@ -95,7 +99,9 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     if problems:
         raise ValueError("\n".join(problems))
     _allocate(model, dtype, device)
-    read_into(model.state_dict(), FileSystemReader(str(step)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(model.state_dict(), checkpoint_id=str(step), no_dist=not dist.is_initialized())
     return LoadedModel(model.eval(), config.data.tokenizer, config.training.seq_len)
 
 

@@ -1,20 +1,20 @@
-"""Names, config.json and safetensors of both models in Hugging Face's form.
+"""Names and config.json of both models in Hugging Face's form.
 
 The student is stock `SmolLM3ForCausalLM`, the teacher stock `Llama4ForCausalLM` (or the text part of the multimodal
 `Llama4ForConditionalGeneration`). Modules are named as theirs, so a mapping is a prefix. `transformers` is not needed:
-a folder is its config.json and its safetensors headers, which say all that can be wrong before a byte is loaded.
+a folder is its config.json and its safetensors (`tensor_files`).
 """
 
 import json
-import struct
-import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from mobilellm_pro.model.rotary import FrequencyScaling
@@ -138,46 +138,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's safetensors, from the headers alone."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors file")
-    index = Path(folder) / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise FileNotFoundError(
-                f"{index}: names files that are not there: {', '.join(missing)}; download them again"
-            )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes.update(_header_shapes(file))
-    return shapes
-
-
-def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Header of one file: 8 bytes of length, then JSON; the data must end where the header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
-        if length + 8 > size:
-            raise ValueError(f"{file}: not a safetensors file, or truncated in its header; download it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file}: not a safetensors file (its header is no JSON); download it again") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end > size:
-        raise ValueError(
-            f"{file}: truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again"
-        )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def text_prefix(names: set[str]) -> str:
+def text_prefix(names: Iterable[str]) -> str:
     """ "language_model." for the text part of a multimodal checkpoint, else ""."""
     return "language_model." if any(name.startswith("language_model.") for name in names) else ""
 
@@ -187,57 +148,50 @@ def hugging_face_name(name: str, prefix: str = "") -> str:
     return prefix + (name if name == "lm_head.weight" else f"model.{name}")
 
 
-def tensor_problems(model: nn.Module, folder: str | Path) -> list[str]:
-    """Everything that keeps the folder's tensors from filling the model: missing, extra, wrongly shaped."""
-    found = tensor_shapes(folder)
-    prefix = text_prefix(set(found))
-    wanted = {hugging_face_name(name, prefix): tuple(p.shape) for name, p in model.named_parameters()}
-    problems = [f"{folder}: tensor {name} is missing" for name in wanted if name not in found]
-    problems += [f"{folder}: tensor {name} is not part of the model" for name in found
-                 if name.startswith(prefix) and name not in wanted and not _tied_head(model, name)]  # fmt: skip
-    problems += [
-        f"{folder}: tensor {name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    return problems
+class TextReader(HuggingFaceStorageReader):
+    """torchtitan's reader of a folder, which sees the text model's tensors under their names without a prefix.
 
-
-def _tied_head(model: nn.Module, name: str) -> bool:
-    return name == "lm_head.weight" and not hasattr(model, "lm_head")
-
-
-def load_tensors(model: nn.Module, folder: str | Path) -> None:
-    """Fills the model's (sharded) parameters from the folder; every rank reads its slices only.
-
-    Raises:
-        ValueError: listing every missing, extra and wrongly shaped tensor.
+    `load_tensors` is the way to load a model; this is for checkpoints that torchtitan itself loads.
     """
-    problems = tensor_problems(model, folder)
-    if problems:
-        raise ValueError("\n".join(problems))
-    prefix = text_prefix(set(tensor_shapes(folder)))
-    state = {hugging_face_name(name, prefix): tensor for name, tensor in model.state_dict().items()}
-    read_into(state, HuggingFaceStorageReader(str(folder)))
 
+    def read_metadata(self) -> Metadata:
+        """Shapes and types of the text model's tensors."""
+        metadata = super().read_metadata()
+        stored = metadata.state_dict_metadata
+        self.prefix = text_prefix(stored)
+        metadata.state_dict_metadata = {
+            name.removeprefix(self.prefix): entry for name, entry in stored.items() if name.startswith(self.prefix)
+        }
+        return metadata
 
-def read_into(state: dict[str, Tensor], reader: FileSystemReader) -> None:
-    """Fills tensors, sharded or whole, from a checkpoint; works with and without a process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills what the plan asks for; in the files the names have their prefix."""
+        items = [
+            replace(item, storage_index=replace(item.storage_index, fqn=self.prefix + item.storage_index.fqn))
+            for item in plan.items
+        ]
+        return super().read_data(replace(plan, items=items), planner)
 
 
 class PrefixAdapter(StateDictAdapter):
     """torchtitan's view of the same mapping, for `checkpoint.initial_load_in_hf` and `checkpoint.last_save_in_hf`."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Ours -> Hugging Face's names."""
+        """Ours -> Hugging Face's names of a text model."""
         return {hugging_face_name(name): tensor for name, tensor in state_dict.items()}
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Tensor]:
         """Hugging Face's -> our names."""
-        return {name.removeprefix("model."): tensor for name, tensor in hf_state_dict.items()}
+        prefix = text_prefix(hf_state_dict)
+        return {
+            name.removeprefix(prefix).removeprefix("model."): tensor
+            for name, tensor in hf_state_dict.items()
+            if name.startswith(prefix)
+        }
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
+        """Reads text-only folders and the text part of multimodal ones; quantized ones are refused with the keys."""
+        return TextReader(path)
 
 
 def _pick(config: dict[str, Any], keys: Any, source: str | Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Puts a model on a mesh: tensor, context and data parallelism, activation checkpointing, compilation.
 
-torchtitan calls `parallelize_student` / `parallelize_teacher` on a model on the meta device; `shard_frozen` is for the
-teacher that only runs forward, over a mesh of its own and outside the optimizer. Order as in torchtitan: TP, CP,
-activation checkpointing, compile, FSDP2.
+torchtitan calls `parallelize_student` / `parallelize_teacher` on a model on the meta device; the teacher that only runs
+forward has a layout of its own (`teacher_layout.py`). Order as in torchtitan: TP, CP, activation checkpointing,
+compile, FSDP2.
 """
 
 from collections.abc import Callable
@@ -56,24 +56,6 @@ def parallelize_teacher(model: nn.Module, parallel_dims: ParallelDims, job_confi
     if parallel_dims.tp_enabled:
         raise ValueError("parallelism.tensor_parallel_degree: a teacher trains with FSDP2 and context parallelism only")
     return _parallelize(model, parallel_dims, job_config, own_units=("embed_tokens",))
-
-
-def shard_frozen(model: nn.Module, mesh: DeviceMesh | None, context_mesh: DeviceMesh | None) -> None:
-    """Freezes a model on the meta device and shards it over `mesh` (None: every rank holds it all).
-
-    The root unit (last norm and head) stays gathered after a forward pass, because the loss multiplies by the head
-    afterwards; the caller reshards it.
-    """
-    model.requires_grad_(False)
-    if context_mesh is not None:
-        _set_context_group(model, context_mesh)
-    if mesh is None:
-        return
-    placement = _expert_placement(mesh)
-    for unit in (model.get_submodule("embed_tokens"), *_layers(model).values()):
-        fully_shard(unit, mesh=mesh, shard_placement_fn=placement)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=placement)
-    _sum_on_gloo(model)
 
 
 def _parallelize(
@@ -134,7 +116,7 @@ def _apply_fsdp(
     mesh = parallel_dims.get_mesh(names)
     settings: dict[str, Any] = {
         "mesh": mesh,
-        "shard_placement_fn": _expert_placement(mesh),
+        "shard_placement_fn": expert_placement(mesh),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
@@ -152,10 +134,10 @@ def _apply_fsdp(
         if isinstance(module, FSDPModule):
             # The trainer divides by the global number of valid tokens itself.
             module.set_gradient_divide_factor(1.0)
-    _sum_on_gloo(model)
+    sum_on_gloo(model)
 
 
-def _expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+def expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     """Splits stacked experts [E, in, out] along `in` where there are more ranks than experts.
 
     FSDP2 splits dim 0 and pads it to one slice a rank: 16 experts on 64 ranks would gather four times their bytes.
@@ -169,7 +151,7 @@ def _expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None
     return placement
 
 
-def _sum_on_gloo(model: nn.Module) -> None:
+def sum_on_gloo(model: nn.Module) -> None:
     """gloo has neither AVG nor PREMUL_SUM."""
     if device_type == "cpu":
         for module in model.modules():

@@ -2,20 +2,23 @@
 
 Every fourth layer has no position embedding and full attention, with the query scaled by the logarithm of its
 position; the others rotate interleaved pairs, normalise queries and keys without weights, and attend inside chunks.
-Feed-forward layers route each token to one expert, whose *input* is scaled by the sigmoid of the router's logit, beside
-a shared one.
+Feed-forward layers route each token to one expert (`experts.py`).
+
+Only the frozen teacher is ever split: with a `Split` each rank holds whole heads, columns of the feed-forward layers
+and experts, and a layer sums what the ranks computed. It needs no gradients: plain tensors and two sums a layer do.
 
 Parameter names and layouts are those of Hugging Face's checkpoints without the prefix `model.`: loading copies tensors
 into shards and never reshapes one.
 
-Shapes: B rows, S tokens, D width, F expert width, E experts, W head width, V vocabulary.
+Shapes: B rows, S tokens, D width, W head width, V vocabulary.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
@@ -23,6 +26,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
 from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
+from mobilellm_pro.model.experts import MoE
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.rotary import FrequencyScaling
 from mobilellm_pro.model.student import GatedMLP, Head
@@ -100,17 +104,32 @@ FLAVORS: Mapping[str, TeacherArgs] = {
 }
 
 
+class Split(NamedTuple):
+    """Into how many equal parts a layer is split over ranks; the model then holds one of them."""
+
+    tensor: int = 1
+    """Parts of the heads, the key/value heads and the feed-forward columns."""
+
+    experts: int = 1
+    """Parts of the experts."""
+
+
+WHOLE = Split()
+
+
 class TeacherAttention(nn.Module):
     """Attention of one layer: RoPE, weightless QK norm and chunks, or neither and temperature tuning."""
 
-    def __init__(self, args: TeacherArgs, layer: int):
+    def __init__(self, args: TeacherArgs, layer: int, split: Split = WHOLE):
         super().__init__()
         self.args = args
         self.use_rope = args.uses_rope(layer)
-        self.q_proj = nn.Linear(args.hidden_size, args.num_attention_heads * args.head_dim, bias=False)
-        self.k_proj = nn.Linear(args.hidden_size, args.num_key_value_heads * args.head_dim, bias=False)
-        self.v_proj = nn.Linear(args.hidden_size, args.num_key_value_heads * args.head_dim, bias=False)
-        self.o_proj = nn.Linear(args.num_attention_heads * args.head_dim, args.hidden_size, bias=False)
+        query_width = args.num_attention_heads // split.tensor * args.head_dim
+        key_width = args.num_key_value_heads // split.tensor * args.head_dim
+        self.q_proj = nn.Linear(args.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(args.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(args.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, args.hidden_size, bias=False)
         self.attend = Attend()
 
     def forward(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
@@ -137,75 +156,46 @@ class TeacherAttention(nn.Module):
         return scale.unsqueeze(1).unsqueeze(-1)
 
 
-class Experts(nn.Module):
-    """Gated feed-forward weights of all experts, in Hugging Face's layout [E, in, out]."""
-
-    def __init__(self, args: TeacherArgs):
-        super().__init__()
-        num_experts, width, inner = args.num_local_experts, args.hidden_size, args.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, width, 2 * inner))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, inner, width))
-
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Tokens sorted by expert [T, D], with the end of each expert's tokens [E] int32 -> [T, D]."""
-        gate, up = _grouped_product(x, self.gate_up_proj, ends).chunk(2, dim=-1)
-        return _grouped_product(F.silu(gate) * up, self.down_proj, ends)
-
-
-def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x[ends[e-1]:ends[e]] @ weight[e] for every expert e, [T, in] and [E, in, out] -> [T, out]."""
-    if x.dtype == torch.bfloat16 or x.device.type == "cpu":
-        return F.grouped_mm(x, weight, offs=ends)
-    # On an accelerator the grouped kernel knows bf16 only.
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([part @ matrix for part, matrix in zip(x.split(sizes), weight, strict=True)])
-
-
-class MoE(nn.Module):
-    """Top-1 routing beside a shared expert."""
-
-    def __init__(self, args: TeacherArgs):
-        super().__init__()
-        self.router = nn.Linear(args.hidden_size, args.num_local_experts, bias=False)
-        self.experts = Experts(args)
-        self.shared_expert = GatedMLP(args.hidden_size, args.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        tokens = x.flatten(0, -2)
-        logit, expert = self.router(tokens).max(dim=-1)
-        scaled = tokens * torch.sigmoid(logit.float()).to(tokens.dtype).unsqueeze(-1)
-        order = expert.argsort(stable=True)
-        ends = torch.bincount(expert, minlength=self.router.out_features).cumsum(0).to(torch.int32)
-        routed = self.experts(scaled[order], ends)
-        # A stable sort has an inverse permutation; gathering with it is cheaper than a scatter of rows.
-        return self.shared_expert(x) + routed[order.argsort()].view_as(x)
-
-
 class TeacherLayer(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block; the ranks of `tensor_group` hold the parts of one layer and the same tokens."""
 
-    def __init__(self, args: TeacherArgs, layer: int):
+    def __init__(self, args: TeacherArgs, layer: int, split: Split = WHOLE):
         super().__init__()
-        self.self_attn = TeacherAttention(args, layer)
-        self.feed_forward = MoE(args) if args.is_moe(layer) else GatedMLP(args.hidden_size, args.intermediate_size_mlp)
+        self.self_attn = TeacherAttention(args, layer, split)
+        self.feed_forward: nn.Module
+        if args.is_moe(layer):
+            num_experts, inner = args.num_local_experts, args.intermediate_size // split.tensor
+            self.feed_forward = MoE(args.hidden_size, inner, num_experts, num_experts // split.experts)
+        else:
+            self.feed_forward = GatedMLP(args.hidden_size, args.intermediate_size_mlp // split.tensor)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.tensor_group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), positions, rope, mask)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
+        x = x + self._sum(self.self_attn(self.input_layernorm(x), positions, rope, mask))
+        return x + self._sum(self.feed_forward(self.post_attention_layernorm(x)))
+
+    def _sum(self, part: Tensor) -> Tensor:
+        if self.tensor_group is not None:
+            dist.all_reduce(part, group=self.tensor_group)
+        return part
 
 
 class Teacher(ModelProtocol):
-    """Llama 4 text decoder with its own output head."""
+    """Llama 4 text decoder with its own output head.
 
-    def __init__(self, args: TeacherArgs):
+    Args:
+        args: architecture of the whole model.
+        split: what of it this rank holds; the groups of ranks are set by `teacher_sharding.connect`.
+    """
+
+    def __init__(self, args: TeacherArgs, split: Split = WHOLE):
         super().__init__(args)
         self.model_args = args
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = nn.ModuleDict({str(i): TeacherLayer(args, i) for i in range(args.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): TeacherLayer(args, i, split) for i in range(args.num_hidden_layers)})
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 

@@ -7,28 +7,25 @@ by both heads a chunk of tokens at a time, inside the student's forward, where i
 Shapes: B rows, S tokens of a row on this rank, D student width, E teacher width, V vocabulary (or this rank's slice).
 """
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import set_default_dtype
 from torchtitan.train import Trainer
 
 from mobilellm_pro.config.job_config import JobConfig
-from mobilellm_pro.config.job_config import Teacher as TeacherConfig
 from mobilellm_pro.losses import DistillationLoss, linear_distillation, raise_if_not_finite
 from mobilellm_pro.model.attention import build_masks, document_positions
-from mobilellm_pro.model.hugging_face import load_tensors, read_config, teacher_args
-from mobilellm_pro.model.parallelize import shard_frozen
-from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.training.frozen_teacher import FrozenTeacher, PendingHidden, load_frozen_teacher
+from mobilellm_pro.training.hidden_state_cache import CacheWriter, attach_reader
 from mobilellm_pro.training.metrics import DistillMetrics
 
 
@@ -37,10 +34,13 @@ class DistillTrainer(Trainer):
 
     job_config: JobConfig
     metrics_processor: DistillMetrics
-    teacher: Teacher | None = None
+    teacher: FrozenTeacher | None = None
+    cache: CacheWriter | None = None
 
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
+        self._coming: deque[dict[str, Tensor]] = deque()
+        self._ahead: tuple[dict[str, Tensor], PendingHidden] | None = None
         distill = job_config.distill
         self.kl_weight, self.ce_weight = {
             "kl": (1.0, 0.0),
@@ -48,13 +48,28 @@ class DistillTrainer(Trainer):
             "weighted": (distill.kl_weight, distill.ce_weight),
         }[distill.objective]
         if distill.objective != "ce":
-            self.teacher = load_frozen_teacher(job_config.teacher, self.parallel_dims, self.device)
-            _, flops = self.teacher.model_args.get_nparams_and_flops(self.teacher, job_config.training.seq_len)
-            self.metrics_processor.num_flops_per_token += flops // 3  # forward only
+            mask = job_config.attention.teacher_mask
+            cached = job_config.teacher.cache == "read"
+            self.teacher = load_frozen_teacher(
+                job_config.teacher, mask, self.parallel_dims, self.device, head_only=cached
+            )
+            flops = self.teacher.flops_per_token(job_config.training.seq_len)
+            self.metrics_processor.num_flops_per_token += flops
         self.metrics_processor.data_consumed = self.dataloader.consumed
         self.last_step = self.dataloader.last_step(job_config.training.steps)
         if job_config.validation.enable:
-            self.validator.evaluate = self.distillation_terms
+            self.validator.evaluate = partial(self.distillation_terms, split="valid")
+        self._connect_cache()
+
+    def _connect_cache(self) -> None:
+        """Hidden states come with the rows, or are kept as the teacher computes them."""
+        validators = [self.validator.loader] if self.job_config.validation.enable else []
+        loaders = [self.dataloader, *validators]
+        if self.job_config.teacher.cache == "read":
+            for loader in loaders:
+                attach_reader(self.job_config, loader, self.parallel_dims)
+        if self.job_config.teacher.cache == "write":
+            self.cache = CacheWriter(self.job_config, [loader.mixture for loader in loaders], self.parallel_dims)
 
     def should_continue_training(self) -> bool:
         """Until the last step, or until a corpus has been read as often as it may."""
@@ -68,62 +83,113 @@ class DistillTrainer(Trainer):
             self.checkpointer.save(self.step, last_step=True)
             if self.job_config.validation.enable and not self.validator.should_validate(self.step):
                 self.validator.validate(self.model_parts, self.step)
+        if self.cache is not None:
+            if self.job_config.validation.enable and not self.cache.has_kept("valid"):
+                # The run was stopped between its last checkpoint and its last validation.
+                self.validator.validate(self.model_parts, self.step)
+            self.cache.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torchtitan's part of a checkpoint; hidden states of its steps are on disk before it is."""
+        if self.cache is not None:
+            self.cache.flush()
+        return super().state_dict()
+
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """torchtitan's batches. It collects all micro-batches of a step first, so those to come are known."""
+        for input_dict, labels in super().batch_generator(data_iterable):
+            self._coming.append(input_dict)
+            yield input_dict, labels
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
-        """Masks and positions from the whole rows, then this rank's part of the rows."""
+        """The student's masks and positions from the whole rows, then this rank's part of the rows."""
+        student, part = self.model_parts[0], self._own_part(labels.shape[1])
+        positions, document_ids = self._positions(input_dict), input_dict["document_ids"]
+        masks = build_masks(
+            student.spans(),
+            positions,
+            document_ids if self.job_config.attention.student_mask == "block_causal" else None,
+            query_start=part.start,
+            num_queries=part.stop - part.start,
+        )
+        extra = {"positions": positions[:, part], "masks": masks}
+        return input_dict["input"][:, part], labels[:, part], {}, extra
+
+    def _positions(self, input_dict: dict[str, Tensor]) -> Tensor:
+        """Of every token of the whole rows, [B, K]."""
         tokens, document_ids = input_dict["input"], input_dict["document_ids"]
-        positions = document_positions(document_ids)
         if self.job_config.attention.positions == "continue":
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        start, length = 0, tokens.shape[1]
-        if self.parallel_dims.cp_enabled:
-            length //= self.parallel_dims.cp
-            start = self.parallel_dims.get_mesh("cp").get_local_rank() * length
-        masks = {}
-        for model, mask in (
-            (self.model_parts[0], self.job_config.attention.student_mask),
-            (self.teacher, self.job_config.attention.teacher_mask),
-        ):
-            if model is not None:
-                own_document = document_ids if mask == "block_causal" else None
-                masks[model] = build_masks(
-                    model.spans(), positions, own_document, query_start=start, num_queries=length
-                )
-        part = slice(start, start + length)
-        extra = {
-            "positions": positions[:, part],
-            "masks": masks[self.model_parts[0]],
-            "teacher_masks": masks.get(self.teacher),
-        }
-        return tokens[:, part], labels[:, part], {}, extra
+            return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return document_positions(document_ids)
+
+    def _own_part(self, num_tokens: int) -> slice:
+        """What of a row of so many tokens lies on this rank."""
+        if not self.parallel_dims.cp_enabled:
+            return slice(0, num_tokens)
+        length = num_tokens // self.parallel_dims.cp
+        start = self.parallel_dims.get_mesh("cp").get_local_rank() * length
+        return slice(start, start + length)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
         """One micro-batch; returns this rank's sum of losses over the global number of valid tokens."""
+        own = self._coming.popleft()
+        assert own is input_dict, "micro-batches came in another order than they were generated"
         terms, local_labels = self.distillation_terms(input_dict, labels)
+        if self.job_config.teacher.overlap and self._coming:
+            self._run_ahead(self._coming[0])
         loss = terms.loss / global_valid_tokens
         loss.backward()
         self.metrics_processor.terms.add(terms, (local_labels != IGNORE_INDEX).sum())
         return loss
 
-    def distillation_terms(self, input_dict: dict[str, Tensor], labels: Tensor) -> tuple[DistillationLoss, Tensor]:
-        """Runs both models on a micro-batch: (sums over this rank's tokens, this rank's labels [B, S])."""
+    def _run_ahead(self, input_dict: dict[str, Tensor]) -> None:
+        """Starts the teacher on the step's next micro-batch beside the backward pass of this one."""
+        if self.teacher is not None:
+            input_dict.update({key: tensor.to(self.device) for key, tensor in input_dict.items()})
+            self._ahead = input_dict, self.teacher.start(**self._teacher_rows(input_dict))
+
+    def _teacher_rows(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
+        """What the teacher runs: arguments of `FrozenTeacher.hidden`."""
+        part = self._own_part(input_dict["input"].shape[1])
+        return {
+            "tokens": input_dict["input"][:, part],
+            "positions": self._positions(input_dict),
+            "document_ids": input_dict["document_ids"],
+            "query_start": part.start,
+        }
+
+    def _teacher_hidden(self, teacher: FrozenTeacher, input_dict: dict[str, Tensor]) -> Tensor:
+        """[B, S, D]: as read with the rows, or of the pass that ran ahead for them, or of one that runs now."""
+        if "teacher_hidden" in input_dict:
+            return input_dict.pop("teacher_hidden")  # torchtitan keeps a step's micro-batches to its end
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            assert ahead[0] is input_dict, "the teacher ran ahead on another micro-batch"
+            return ahead[1].wait()
+        return teacher.hidden(**self._teacher_rows(input_dict))
+
+    def distillation_terms(
+        self, input_dict: dict[str, Tensor], labels: Tensor, split: str = "train"
+    ) -> tuple[DistillationLoss, Tensor]:
+        """Runs both models on a micro-batch of a split: (sums over this rank's tokens, this rank's labels [B, S])."""
         tokens, labels, _, extra = self.post_dataloading_process(input_dict, labels)
-        teacher_masks = extra.pop("teacher_masks")
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden, teacher_head = self.teacher(
-                    tokens, extra["positions"], teacher_masks, head=lambda hidden, weight: (hidden, weight)
-                )
+            teacher_hidden = self._teacher_hidden(self.teacher, input_dict)
+            teacher_head = self.teacher.head
         head = partial(self._loss, labels=labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
         with self.maybe_enable_amp:
             terms = self.model_parts[0](tokens, **extra, head=head)
-        if isinstance(self.teacher, FSDPModule):
-            self.teacher.reshard()
+        if self.teacher is not None:
+            self.teacher.release()
+        if self.cache is not None and teacher_hidden is not None:  # after the loss, which refuses what is not finite
+            self.cache.keep(split, input_dict, teacher_hidden, self._own_part(input_dict["input"].shape[1]).start)
         return terms, labels
 
     def _loss(
@@ -172,23 +238,3 @@ class DistillTrainer(Trainer):
         tensors |= {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
         raise_if_not_finite(terms.loss, step=self.step, rank=dist.get_rank(), **tensors)
         return terms
-
-
-def load_frozen_teacher(config: TeacherConfig, parallel_dims: ParallelDims, device: torch.device) -> Teacher:
-    """Builds the teacher of a Hugging Face folder, sharded over all ranks, without gradients.
-
-    It is no part of `model_parts`: neither the optimizer nor a checkpoint ever sees it.
-
-    Raises:
-        ValueError: the folder is no Llama 4 text model, or its tensors do not fit its config.json.
-    """
-    args = teacher_args(read_config(config.path), config.path)
-    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.dtype]):
-        teacher = Teacher(args)
-    mesh = parallel_dims.world_mesh if parallel_dims.world_size > 1 else None
-    shard_frozen(teacher, mesh, parallel_dims.get_optional_mesh("cp"))
-    teacher.to_empty(device=device)
-    load_tensors(teacher, config.path)
-    num_parameters = sum(parameter.numel() for parameter in teacher.parameters())
-    logger.info(f"teacher: {num_parameters:,} parameters from {config.path}")
-    return teacher.eval()

@@ -3,6 +3,9 @@
 Global step k reads the sequences [k·G, (k + 1)·G) of the mixture, G the global batch size. Ranks, gradient accumulation
 and workers only divide that range among them, so the state is one integer, the same on every rank, and a run may go on
 with another number of ranks.
+
+With `hidden` set, a micro-batch brings the teacher's hidden states of its rows along: workers read them from the cache
+while the student trains.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +18,15 @@ from torchtitan.components.dataloader import BaseDataLoader
 
 from mobilellm_pro.config.job_config import Data, JobConfig
 from mobilellm_pro.data.best_fit import BestFitRows
+from mobilellm_pro.data.hidden_states import HiddenStateReader
 from mobilellm_pro.data.mixture import Mixture, batch
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
 
 Row = tuple[dict[str, Tensor], Tensor]
-"""({"input" [B, S], "document_ids" [B, S], "corpus" [B]}, labels [B, S])."""
+"""({"input" [B, S], "document_ids" [B, S], "corpus" [B], "row" [B]}, labels [B, S]), of a mixture with a cache also
+"teacher_hidden" [B, this rank's part of S, D]."""
 
 
 def open_mixture(
@@ -56,13 +61,22 @@ def open_mixture(
 class _Rows(IterableDataset):
     """This rank's micro-batches from micro-batch `first` on; worker w of n makes every n-th of them."""
 
-    def __init__(self, mixture: Mixture, batch_size: int, rank: int, num_ranks: int, first: int):
-        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first = (
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        rank: int,
+        num_ranks: int,
+        first: int,
+        hidden: HiddenStateReader | None,
+    ):
+        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first, self.hidden = (
             mixture,
             batch_size,
             rank,
             num_ranks,
             first,
+            hidden,
         )
 
     def __iter__(self) -> Iterator[Row]:
@@ -73,12 +87,22 @@ class _Rows(IterableDataset):
             start = (micro_batch * self.num_ranks + self.rank) * self.batch_size
             rows = batch(self.mixture, start, self.batch_size)
             labels = rows.pop("labels")
+            if self.hidden is not None:
+                rows["teacher_hidden"] = self.hidden.read(rows["corpus"].tolist(), rows["row"].tolist())
             yield rows, labels
             micro_batch += stride
 
 
 class MixtureLoader(BaseDataLoader):
-    """Endless micro-batches of one data-parallel rank; resumes at any sequence on any number of ranks."""
+    """Endless micro-batches of one data-parallel rank; resumes at any sequence on any number of ranks.
+
+    Attributes:
+        mixture: what is read.
+        hidden: where the teacher's hidden states are read from; None: nowhere. To be set before iteration begins.
+        next_sequence: the first that no step has consumed.
+    """
+
+    hidden: HiddenStateReader | None = None
 
     def __init__(
         self,
@@ -118,7 +142,8 @@ class MixtureLoader(BaseDataLoader):
                 f"cannot resume at sequence {self.next_sequence:,} with {self._num_ranks} data-parallel ranks of "
                 f"{self._batch_size} rows: choose training.local_batch_size so that ranks × rows divides it"
             )
-        rows = _Rows(self.mixture, self._batch_size, self._rank, self._num_ranks, self.next_sequence // sequences)
+        first = self.next_sequence // sequences
+        rows = _Rows(self.mixture, self._batch_size, self._rank, self._num_ranks, first, self.hidden)
         for micro_batch in StatefulDataLoader(rows, batch_size=None, **self._worker_settings):
             self.next_sequence += sequences
             yield micro_batch

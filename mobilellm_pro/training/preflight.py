@@ -18,17 +18,19 @@ from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint
-from mobilellm_pro.model.hugging_face import read_config, teacher_args, tensor_problems
+from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.registry import configured_args, model_on_meta
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.model.tensor_files import tensor_problems
+from mobilellm_pro.training.hidden_state_cache import cache_problems
 from mobilellm_pro.training.loader import open_mixture
 
 
 def problems(config: JobConfig, world_size: int) -> list[str]:
     """All problems of a configuration on `world_size` ranks, each with what was expected and the cure."""
     found = [str(problem) for problem in (*check_world_size(config, world_size), *check_machine(config, device_type))]
-    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _checkpoints):
+    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _teacher_layout, _cache, _checkpoints):
         found += _collect(check, config, world_size)
     return found
 
@@ -140,6 +142,43 @@ def _teacher(config: JobConfig, world_size: int) -> Iterator[str]:
         yield (
             f"{folder}: the teacher's vocabulary has {args.vocab_size:,} ids, the student's {student.vocab_size:,}; "
             "distillation over the full vocabulary needs the same tokenizer"
+        )
+
+
+def _cache(config: JobConfig, world_size: int) -> Iterator[str]:
+    if config.distill.objective != "ce" and config.teacher.path:
+        yield from cache_problems(config, _batch_ranks(config, world_size))
+
+
+def _teacher_layout(config: JobConfig, world_size: int) -> Iterator[str]:
+    if config.distill.objective == "ce" or not config.teacher.path:
+        return
+    try:
+        args = teacher_args(read_config(config.teacher.path), config.teacher.path)
+    except (ValueError, OSError):
+        return  # reported by _teacher
+    layout = config.teacher.parallelism
+    degree = layout.tensor_parallel_degree
+    kinds = {args.is_moe(i) for i in range(args.num_hidden_layers)}
+    widths = [key for key, moe in (("intermediate_size", True), ("intermediate_size_mlp", False)) if moe in kinds]
+    for key in ("num_attention_heads", "num_key_value_heads", *widths):
+        if getattr(args, key) % degree:
+            yield (
+                f"teacher.parallelism.tensor_parallel_degree = {degree} does not divide {key} = {getattr(args, key)} "
+                f"of {config.teacher.path}"
+            )
+    unit = 8 if config.teacher.dtype == "bfloat16" else 4
+    if True in kinds and args.intermediate_size % degree == 0 and args.intermediate_size // degree % unit:
+        yield (
+            f"teacher.parallelism.tensor_parallel_degree = {degree} leaves {args.intermediate_size // degree} columns "
+            f"of an expert of {config.teacher.path}; grouped products need a multiple of {unit} (16 bytes)"
+        )
+    degree = layout.expert_parallel_degree
+    num_experts = args.num_local_experts if True in kinds else 1
+    if num_experts % degree:
+        yield (
+            f"teacher.parallelism.expert_parallel_degree = {degree} does not divide the {num_experts} experts "
+            f"of {config.teacher.path}"
         )
 
 

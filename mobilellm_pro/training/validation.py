@@ -52,7 +52,7 @@ class HeldOutValidator(BaseValidator):
         self.has_teacher = job_config.distill.objective != "ce"
         settings = job_config.validation
         mixture = open_mixture(job_config.data, "valid", settings.seq_len, tokenizer.fingerprint, check_index=False)
-        self._loader = MixtureLoader(mixture, settings.local_batch_size, dp_rank, dp_world_size)
+        self.loader = MixtureLoader(mixture, settings.local_batch_size, dp_rank, dp_world_size)
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device_type)
 
     def should_validate(self, step: int) -> bool:
@@ -66,8 +66,8 @@ class HeldOutValidator(BaseValidator):
         for model in model_parts:
             model.eval()
         sums = torch.zeros(len(TERMS) + 2, dtype=torch.float64, device=device_type)
-        self._loader.next_sequence = 0
-        rows = iter(self._loader)
+        self.loader.next_sequence = 0
+        rows = iter(self.loader)
         for _ in range(self.job_config.validation.steps):
             input_dict, labels = next(rows)
             input_dict = {key: tensor.to(device_type) for key, tensor in input_dict.items()}

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from mobilellm_pro.model.attention import build_masks
-from mobilellm_pro.model.hugging_face import load_tensors, read_config, teacher_args, teacher_config, tensor_problems
+from mobilellm_pro.model.hugging_face import read_config, teacher_args, teacher_config
 from mobilellm_pro.model.rotary import FrequencyScaling, angles
+from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.teacher import FLAVORS, Teacher, TeacherArgs
+from mobilellm_pro.model.tensor_files import tensor_problems
 from tests.ranks import run_ranks
 
 CHUNK = 16
@@ -206,15 +208,17 @@ def test_training_reaches_every_expert_that_was_chosen() -> None:
 def gathered_elements(num_ranks: int) -> dict[str, int]:
     """Elements that a rank holds of one layer's gathered FSDP unit, on a pretended mesh, and of the layer itself."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
-    from mobilellm_pro.model.parallelize import shard_frozen
+    from mobilellm_pro.config.job_config import TeacherParallelism
+    from mobilellm_pro.model.teacher_layout import teacher_layout
+    from mobilellm_pro.model.teacher_sharding import make_groups, shard_frozen
 
     dist.init_process_group("fake", rank=0, world_size=num_ranks)
     with torch.device("meta"):
         teacher = Teacher(replace(ARGS, num_hidden_layers=1))
     whole = sum(p.numel() for p in teacher.layers["0"].parameters())
-    shard_frozen(teacher, init_device_mesh("cpu", (num_ranks,)), None)
+    layout = teacher_layout(TeacherParallelism(), world_size=num_ranks, context=1, tensor=1)
+    shard_frozen(teacher, make_groups(layout), resident=False)
     shards = sum(p.to_local().numel() for p in teacher.layers["0"].parameters())
     return {"whole": whole, "gathered": shards * num_ranks}
 
