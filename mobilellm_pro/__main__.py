@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "inspect": "mobilellm_pro.data.inspection:inspect",
     "show": "mobilellm_pro.__main__:show",
     "validate": "mobilellm_pro.__main__:validate",
+    "plan": "mobilellm_pro.pipeline.plan:plan",
     "train": "mobilellm_pro.training.run:train",
     "convert": "mobilellm_pro.convert.conversion:convert",
     "generate": "mobilellm_pro.evaluation.generate:generate",

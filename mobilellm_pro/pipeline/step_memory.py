@@ -1,0 +1,285 @@
+"""Memory of one rank in one step, from sizes that were read from the built models and formulas for what comes and goes.
+
+Parameters, optimizer state, gradients and the teacher's shard are exact. Activations are the tensors that autograd
+keeps, counted operation by operation; `tests/pipeline` compares them with what is kept, and the peak with what is
+allocated and resident. A peak is the largest of a few moments, each a sum of named parts: what lives only at different
+moments is not added up.
+
+Not covered, and left to a stated allowance: the allocator's fragmentation, NCCL's buffers, the CUDA context and
+kernels' workspaces. Compiled layers keep less than counted here: the partitioner recomputes element-wise results.
+
+In comments: N tokens of a micro-batch on this rank, D width, Q and K width of all queries and of all keys, F
+feed-forward width, each the part of this rank under tensor parallelism; L layers, V vocabulary, E teacher width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mobilellm_pro.config import JobConfig
+from mobilellm_pro.losses.chunk_logits import BLOCK_ROWS, ChunkLogits
+from mobilellm_pro.losses.full_teacher_rows import tile_height
+from mobilellm_pro.losses.problem import Problem
+from mobilellm_pro.losses.token_chunks import chunk_size
+from mobilellm_pro.model.student import StudentArgs
+from mobilellm_pro.model.teacher import TeacherArgs
+from mobilellm_pro.model.teacher_layout import TeacherLayout
+from mobilellm_pro.pipeline.step_shape import StepShape
+from mobilellm_pro.training.fake_ranks import ModelShards, Unit
+
+GATHERED_AT_ONCE = 3
+"""Copies of a unit that FSDP2 holds while one runs: its weights, the buffer they came in, the next one's buffer."""
+
+BLOCK = 128
+"""Rows and columns of a block of FlexAttention's masks."""
+
+
+@dataclass(frozen=True)
+class TeacherStep:
+    """The frozen teacher's part of a step."""
+
+    args: TeacherArgs
+    layout: TeacherLayout
+    shards: ModelShards
+    element_bytes: int
+    cached: bool
+    """Hidden states come from a cache, and only the head is there."""
+
+    quantized: bool
+    """Matrices of the layers are held in one byte an element; their scales, one a channel, are not counted."""
+
+    resident: bool
+    overlap: bool
+    """It runs for the next micro-batch beside the student's backward pass."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the shard, or of the whole where nobody shares it."""
+        num_bytes = self.shards.local_numel * self.element_bytes
+        if not self.quantized:
+            return num_bytes
+        args, layers = self.args, range(self.args.num_hidden_layers)
+        kept = (2 * args.vocab_size + 1 + 2 * len(layers)) * args.hidden_size
+        kept += sum(map(args.is_moe, layers)) * args.num_local_experts * args.hidden_size
+        return num_bytes - (self.shards.local_numel - kept) * (self.element_bytes - 1)
+
+    def rows(self, shape: StepShape) -> int:
+        """Rows that this rank's tensor group runs: those of all its students, or a share of one's."""
+        if self.layout.tensor >= shape.tensor:
+            return shape.rows * self.layout.tensor // shape.tensor
+        return -(-shape.rows * self.layout.tensor // shape.tensor)
+
+    def tokens(self, shape: StepShape) -> int:
+        """Tokens of those rows on this rank."""
+        return self.rows(shape) * shape.part_tokens
+
+
+def layer_activations(args: StudentArgs, shape: StepShape) -> int:
+    """Bytes that autograd keeps of one student layer without checkpointing.
+
+    Two norms keep their input and a scale (on a CPU, which computes them in fp32 step by step, two fp32 tensors); the
+    products keep their inputs: two norms' outputs [N, D], attention's output [N, Q], and the product of the gate [N,
+    F]; attention keeps queries, keys, values (of the whole row under context parallelism), its output and a scale a
+    head; the gate keeps both factors and its input, three of [N, F]. SDPA on a CPU also keeps the mask of each layer,
+    in the queries' type.
+    """
+    width, heads = args.hidden_size, args.num_attention_heads // shape.tensor
+    query, key = heads * args.head_dim, args.num_key_value_heads * args.head_dim // shape.tensor
+    inner = args.intermediate_size // shape.tensor
+    elements = 2 * width + 2 * query + 2 * key * shape.context + 4 * inner
+    per_token = elements * shape.compute_bytes + 4 * heads + 2 * _norm_bytes(args, shape) // shape.tensor
+    masks = shape.tokens * shape.row_tokens * shape.compute_bytes if shape.device == "cpu" else 0
+    return shape.tokens * per_token + masks
+
+
+def _norm_bytes(args: StudentArgs, shape: StepShape) -> int:
+    return 4 + args.hidden_size * (8 if shape.device == "cpu" else shape.residual_bytes)
+
+
+def saved_activations(args: StudentArgs, shape: StepShape, checkpointing: str | None = None) -> int:
+    """Bytes that autograd keeps of the student between forward and backward, the loss' own apart.
+
+    A checkpointed layer keeps its input [N, D]. With "op" it also keeps every second product in the order in which they
+    run (of q, k, v, o, gate, up, down: q, v, gate and down), on an accelerator attention's output with its scale, and
+    under tensor parallelism what was summed over ranks. Outside the layers: ids, the last norm, and two tables of the
+    rotation.
+
+    Args:
+        checkpointing: as `StepShape.checkpointing`, which is the default.
+    """
+    mode = shape.checkpointing if checkpointing is None else checkpointing
+    layers, width = args.num_hidden_layers, args.hidden_size
+    whole, entry = layer_activations(args, shape), shape.tokens * width * shape.residual_bytes // shape.tensor
+    outside = 8 + _norm_bytes(args, shape) // shape.tensor + 2 * args.head_dim * shape.compute_bytes
+    kept = layers * whole
+    if mode == "full":
+        kept = layers * entry
+    elif mode == "op":
+        kept = layers * (entry + shape.tokens * _kept_by_operation(args, shape))
+    elif mode.isdigit():
+        kept = layers // int(mode) * entry + (layers - layers // int(mode)) * whole
+    elif mode != "none":
+        raise ValueError(f"activation_checkpoint.mode = {mode!r}: what the compiler keeps under it cannot be planned")
+    return kept + shape.tokens * outside
+
+
+def _kept_by_operation(args: StudentArgs, shape: StepShape) -> int:
+    query = args.num_attention_heads * args.head_dim // shape.tensor
+    key = args.num_key_value_heads * args.head_dim // shape.tensor
+    elements = query + key + args.intermediate_size // shape.tensor + args.hidden_size
+    if shape.tensor > 1:
+        elements += 2 * args.hidden_size // shape.tensor
+    if shape.device == "cpu":
+        return elements * shape.compute_bytes
+    return (elements + query) * shape.compute_bytes + 4 * args.num_attention_heads // shape.tensor
+
+
+def layer_backward(args: StudentArgs, shape: StepShape) -> int:
+    """Bytes of one layer while it runs backward: what it recomputes, and gradients of intermediate results.
+
+    The most at a time are the gradients of both factors of the gate beside that of their product, [N, F] each, with the
+    gradients of the stream; the product itself is gone by then. Under context parallelism gathered keys and values are
+    put in order, which holds them twice.
+    """
+    inner = args.intermediate_size // shape.tensor
+    key = args.num_key_value_heads * args.head_dim // shape.tensor
+    extra = 2 * inner + 2 * args.hidden_size + (2 * key * shape.context if shape.context > 1 else 0)
+    kept = saved_activations(args, shape) // args.num_hidden_layers
+    recomputed = max(0, layer_activations(args, shape) - kept)
+    return recomputed + shape.tokens * extra * shape.compute_bytes
+
+
+def teacher_activations(teacher: TeacherStep, shape: StepShape) -> int:
+    """Bytes of the teacher's layer while it runs; nothing is kept after it.
+
+    In the feed-forward layer: the layer's input and its sum with attention, the norm, the scaled tokens and these in
+    the order of their experts, [N, D] each, gate and up side by side, silu(gate) and the product, 4 [N, F]. Tokens that
+    travel to their experts add their arrival and its order. In attention: input, norm, queries and output, and
+    keys and values, under context parallelism those of the whole row twice.
+    """
+    args, split = teacher.args, teacher.layout.split
+    width, query = args.hidden_size, args.num_attention_heads * args.head_dim // split.tensor
+    key = args.num_key_value_heads * args.head_dim // split.tensor
+    routed = (7 if split.experts > 1 else 5) * width + 4 * args.intermediate_size // split.tensor
+    dense = 3 * width + 3 * args.intermediate_size_mlp // split.tensor
+    kinds = {args.is_moe(layer) for layer in range(args.num_hidden_layers)}
+    attention = 2 * width + 2 * query + 2 * key * (1 if shape.context == 1 else 2 * shape.context + 1)
+    most = max(attention, *(routed if is_moe else dense for is_moe in kinds))
+    return teacher.tokens(shape) * most * teacher.element_bytes
+
+
+def restored_bytes(teacher: TeacherStep) -> int:
+    """The largest matrix of a layer, which is restored from FP8 for its product: gate and up of the rank's experts."""
+    if not teacher.quantized:
+        return 0
+    args, split = teacher.args, teacher.layout.split
+    inner = args.intermediate_size * (args.num_local_experts // split.experts)
+    return 2 * args.hidden_size * inner // split.tensor * teacher.element_bytes
+
+
+def mask_bytes(shape: StepShape, rows: int) -> int:
+    """Of one kind of layer: four tables of block numbers in int32, or a dense mask on a CPU."""
+    if shape.device == "cpu":
+        return rows * shape.part_tokens * shape.row_tokens
+    blocks = -(-shape.part_tokens // BLOCK) * -(-shape.row_tokens // BLOCK)
+    return rows * blocks * 4 * 4
+
+
+def gathered_bytes(units: list[Unit], element_bytes: int) -> tuple[int, int]:
+    """A unit while FSDP2 runs it and gathers the next: (three copies, one more while it arrives).
+
+    Only what is not split along dim 0 is copied once more, before the unit runs.
+    """
+    sharded = [unit for unit in units if unit.shard_degree > 1]
+    copies = GATHERED_AT_ONCE * sum(unit.gathered_numel for unit in sharded)
+    return copies * element_bytes, sum(unit.copied_numel for unit in sharded) * element_bytes
+
+
+@dataclass(frozen=True)
+class LossWorkspace:
+    """Bytes of the loss while it runs."""
+
+    chunk_tokens: int
+    logits: int
+    """Of a chunk, both models', with what one pass over them needs."""
+
+    head_gradient: int
+    """The student head's gradient, and its fp32 sum where there is one."""
+
+    hidden: int
+    """The student's hidden states with their gradient, and copies of a chunk's hidden states."""
+
+    kept: int
+    """What backward starts from: the gradients of hidden states and head."""
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        return self.logits + self.head_gradient + self.hidden
+
+
+def loss_workspace(
+    config: JobConfig, args: StudentArgs, teacher_width: int | None, shape: StepShape, teacher_bytes: int
+) -> LossWorkspace:
+    """Of `losses.linear_distillation`, by its own rule for the size of a chunk.
+
+    Args:
+        teacher_width: E, or None without a teacher.
+        teacher_bytes: of an element of the teacher's hidden states.
+
+    Raises:
+        ValueError: distill.impl = "torch", the reference, which is not planned.
+    """
+    if config.distill.impl == "torch":
+        raise ValueError('distill.impl = "torch" is the reference for tests and cannot be planned; take "auto"')
+    vocabulary, element, on_cpu = args.vocab_size // shape.tensor, shape.compute_bytes, shape.device == "cpu"
+    heads = [_weightless(vocabulary, args.hidden_size, element, shape.device)]
+    if teacher_width is not None:
+        heads.append(_weightless(vocabulary, teacher_width, teacher_bytes, shape.device))
+    chunk = chunk_size(_problem(heads, config, vocabulary), shape.tokens)
+    accurate = config.distill.fp32_logits
+    per_logit = sum(ChunkLogits.bytes_per_logit(head, accurate) for head in heads)
+    logits = chunk * vocabulary * per_logit
+    tile = block = 0
+    if on_cpu or config.distill.impl == "chunked":
+        tile = 5 * 4 * vocabulary * min(chunk, tile_height(heads[0]))
+    if on_cpu and element == 4:
+        block = 2 * 4 * BLOCK_ROWS * chunk
+    logits += max(tile, block)
+    head_numel = vocabulary * args.hidden_size
+    summed = 4 * head_numel if element == 2 and chunk < shape.tokens else 0
+    # On a CPU the fp32 sum is freed block by block while it is converted.
+    head_gradient = max(summed, element * head_numel) if on_cpu else summed + element * head_numel
+    gradient = shape.tokens * args.hidden_size * element
+    copies = chunk * (args.hidden_size * element + (teacher_width or 0) * teacher_bytes)
+    return LossWorkspace(chunk, logits, head_gradient, 2 * gradient + copies, gradient + element * head_numel)
+
+
+def _weightless(rows: int, columns: int, element_bytes: int, device: str) -> torch.Tensor:
+    """A head without memory: the loss' rules ask for its shape, type and device."""
+    dtype = torch.bfloat16 if element_bytes == 2 else torch.float32
+    with FakeTensorMode():
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+
+
+def _problem(heads: list[torch.Tensor], config: JobConfig, vocabulary: int) -> Problem:
+    """What `chunk_size` looks at; nothing is computed with it."""
+    none = torch.empty(0)
+    return Problem(
+        student_hidden=none,
+        student_head=heads[0],
+        teacher_hidden=None,
+        teacher_head=heads[1] if len(heads) > 1 else None,
+        labels=None,
+        kl_weights=none,
+        ce_weights=none,
+        kl_weight=1.0,
+        ce_weight=0.0,
+        temperature=1.0,
+        chunk_tokens=config.distill.chunk_tokens,
+        fp32_logits=config.distill.fp32_logits,
+        group=None,
+        vocab_start=0,
+        largest_slice=vocabulary,
+    )

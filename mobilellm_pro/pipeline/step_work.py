@@ -1,0 +1,202 @@
+"""What one rank computes and moves in one step: floating-point operations of all products, bytes by kind of collective.
+
+A product of [N, A] and [A, B] is 2 N A B operations; element-wise work is not counted. A linear layer costs that
+forward and twice that backward. Attention over k visible keys costs 4 Q k a token forward (scores, values) and 10 Q k
+backward, where its kernels compute the scores once more (five products for two). What checkpointing computes again is
+work of its own, so that the total is what the device does, not the model's share of it. `tests/pipeline` compares all
+this with torch's counter.
+
+Bytes are those that arrive at a rank. For n ranks and a whole tensor of M bytes, an all-gather or reduce-scatter brings
+M (n - 1) / n, an all-reduce twice that, an all-to-all of M bytes a rank M (n - 1) / n. Not counted: scalars, statistics
+of a split vocabulary (8 numbers a token), checkpoints, tokens from disk.
+
+Letters as in `step_memory.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mobilellm_pro.config import JobConfig
+from mobilellm_pro.model.attention import Span
+from mobilellm_pro.model.student import StudentArgs
+from mobilellm_pro.pipeline.peak_memory import StudentStep
+from mobilellm_pro.pipeline.step_memory import TeacherStep
+from mobilellm_pro.pipeline.step_shape import StepShape
+
+BACKWARD_ATTENTION = 2.5
+"""Products of attention backward, over those forward."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes of one kind of collective that arrive at a rank in a step."""
+
+    kind: str
+    num_bytes: float
+    ranks: int
+    """Of one group."""
+
+    stride: int
+    """Distance between neighbours of a group, in ranks: ranks of one node are consecutive."""
+
+    hidden_behind: str = ""
+    """ "student" or "teacher": whose products it runs beside; "" for none."""
+
+
+def student_flops(
+    config: JobConfig, args: StudentArgs, shape: StepShape, *, everywhere: bool = False
+) -> dict[str, float]:
+    """Operations of the student's layers on one rank in a step: forward, backward, recomputed.
+
+    Args:
+        everywhere: of the average rank instead of the busiest.
+    """
+    width, query = args.hidden_size, args.num_attention_heads * args.head_dim
+    linear = 2 * (2 * width * query + 2 * width * args.num_key_value_heads * args.head_dim)
+    linear += 2 * 3 * width * args.intermediate_size
+    spans = {"global": Span(), "local": Span(window=args.sliding_window)}
+    mask, positions = config.attention.student_mask, config.attention.positions
+    keys = {k: shape.mean_keys(span, mask, positions, everywhere=everywhere) for k, span in spans.items()}
+    attention = 4 * query * sum(keys[args.kind(layer)] for layer in range(args.num_hidden_layers))
+    forward = linear * args.num_hidden_layers
+    tokens = shape.tokens * shape.micro_batches / shape.tensor
+    share, attention_share = _recomputed(args, shape)
+    return {
+        "forward": tokens * (forward + attention),
+        "backward": tokens * (2 * forward + BACKWARD_ATTENTION * attention),
+        "recomputed": tokens * (share * forward + attention_share * attention),
+    }
+
+
+def _recomputed(args: StudentArgs, shape: StepShape) -> tuple[float, float]:
+    """Shares of the linear layers' and of attention's forward work that checkpointing does again.
+
+    "op" keeps q, v, gate and down and computes k, o and up again; attention's result is kept on an accelerator.
+    """
+    mode = shape.checkpointing
+    if mode == "none":
+        return 0.0, 0.0
+    if mode.isdigit():
+        share = args.num_hidden_layers // int(mode) / args.num_hidden_layers
+        return share, share
+    if mode == "op":
+        query, key = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
+        again = key + query + args.intermediate_size
+        return again / (2 * query + 2 * key + 3 * args.intermediate_size), float(shape.device == "cpu")
+    return 1.0, 1.0
+
+
+def teacher_flops(config: JobConfig, teacher: TeacherStep, shape: StepShape, *, everywhere: bool = False) -> float:
+    """Operations of the teacher's layers on one rank in a step; with balanced experts, and none from a cache."""
+    if teacher.cached:
+        return 0.0
+    args, split = teacher.args, teacher.layout.split
+    width, query = args.hidden_size, args.num_attention_heads * args.head_dim
+    attention_linear = 2 * (2 * width * query + 2 * width * args.num_key_value_heads * args.head_dim)
+    routed = 2 * (2 * 3 * width * args.intermediate_size)
+    dense = 2 * 3 * width * args.intermediate_size_mlp
+    mask, positions = config.attention.teacher_mask, config.attention.positions
+    full = shape.mean_keys(Span(), mask, positions, everywhere=everywhere)
+    chunk = shape.mean_keys(Span(chunk=args.attention_chunk_size), mask, positions, everywhere=everywhere)
+    split_work = whole_work = 0.0
+    for layer in range(args.num_hidden_layers):
+        split_work += attention_linear + 4 * query * (chunk if args.uses_rope(layer) else full)
+        split_work += routed if args.is_moe(layer) else dense
+        whole_work += 2 * width * args.num_local_experts if args.is_moe(layer) else 0  # the router is not split
+    return teacher.tokens(shape) * shape.micro_batches * (split_work / split.tensor + whole_work)
+
+
+def loss_flops(
+    config: JobConfig, args: StudentArgs, teacher_width: int | None, teacher_bytes: int, shape: StepShape
+) -> dict[str, float]:
+    """Operations of the loss on one rank in a step, for either head.
+
+    The student's logits and the gradients of its hidden states and head, 6 V D a token, and the teacher's logits, 2 V
+    E. bf16 logits good to fp32 take one product more each on a CPU.
+    """
+    rows = args.vocab_size / shape.tensor * shape.tokens * shape.micro_batches
+    again = config.distill.fp32_logits and shape.device == "cpu"
+    student = 6 + 2 * (again and shape.compute_bytes == 2)
+    teacher = 2 + 2 * (again and teacher_bytes == 2)
+    return {"student head": student * rows * args.hidden_size, "teacher head": teacher * rows * (teacher_width or 0)}
+
+
+def transfers(student: StudentStep, teacher: TeacherStep | None, shape: StepShape) -> list[Transfer]:
+    """Bytes that arrive at a rank in a step, by kind; kinds that do not occur are left out."""
+    found = [*_student_weights(student, shape), *_student_activations(student.args, shape)]
+    if teacher is not None:
+        found += [*_teacher_weights(teacher, shape), *_teacher_activations(teacher, shape)]
+    return [transfer for transfer in found if transfer.ranks > 1 and transfer.num_bytes > 0]
+
+
+def _student_weights(student: StudentStep, shape: StepShape) -> Iterator[Transfer]:
+    """Layers are gathered forward and backward, the root once; gradients are summed after every micro-batch."""
+    gathered = sum(unit.gathered_numel * (2 if unit.name else 1) for unit in student.shards.units)
+    numel, others = sum(unit.gathered_numel for unit in student.shards.units), _others(shape.shard)
+    times, stride = shape.micro_batches, shape.tensor
+    weights = gathered * shape.compute_bytes * others * times
+    yield Transfer("student weights, all-gather", weights, shape.shard, stride, "student")
+    gradients = numel * shape.reduce_bytes * others * times
+    yield Transfer("student gradients, reduce-scatter", gradients, shape.shard, stride, "student")
+    replicas = 2 * numel / max(1, shape.shard) * shape.reduce_bytes * _others(shape.replicate) * times
+    kind = "student gradients, all-reduce of replicas"
+    yield Transfer(kind, replicas, shape.replicate, shape.shard * shape.tensor, "student")
+
+
+def _student_activations(args: StudentArgs, shape: StepShape) -> Iterator[Transfer]:
+    """Of every layer, forward, backward and where it is recomputed.
+
+    Context parallelism gathers keys and values of the row and sums their gradients. Tensor parallelism gathers the
+    stream before attention and before the feed-forward layer and scatters sums after them; backward it is the other way
+    round. Outside the layers it sums the lookup, gathers the last hidden states and sums their gradients.
+    """
+    share, _ = _recomputed(args, shape)
+    passes = 2 + (1 if shape.checkpointing == "op" else share)
+    layers, tokens = args.num_hidden_layers, shape.tokens * shape.micro_batches
+    key = args.num_key_value_heads * args.head_dim // shape.tensor
+    row = tokens * shape.context * shape.compute_bytes
+    keys = layers * passes * 2 * key * row * _others(shape.context)
+    yield Transfer("student keys and values, context parallel", keys, shape.context, shape.tensor)
+    stream = tokens * args.hidden_size * shape.compute_bytes * _others(shape.tensor)
+    yield Transfer("student stream, tensor parallel", (4 * passes * layers + 2 + 4) * stream, shape.tensor, 1)
+
+
+def _teacher_weights(teacher: TeacherStep, shape: StepShape) -> Iterator[Transfer]:
+    """Every unit once a micro-batch; resident weights were gathered long before."""
+    if teacher.resident:
+        return
+    for ranks in sorted({unit.shard_degree for unit in teacher.shards.units}):
+        numel = sum(unit.gathered_numel for unit in teacher.shards.units if unit.shard_degree == ranks)
+        weights = numel * teacher.element_bytes * _others(ranks) * shape.micro_batches
+        stride = teacher.layout.tensor * (teacher.layout.expert if ranks == teacher.layout.expert_shard else 1)
+        yield Transfer("teacher weights, all-gather", weights, ranks, stride, "teacher")
+
+
+def _teacher_activations(teacher: TeacherStep, shape: StepShape) -> Iterator[Transfer]:
+    """Two sums a layer, tokens to their experts and back, keys and values of the row, rows to and from other ranks."""
+    if teacher.cached:
+        return
+    args, layout = teacher.args, teacher.layout
+    layers, tokens = args.num_hidden_layers, teacher.tokens(shape) * shape.micro_batches
+    stream = tokens * args.hidden_size * teacher.element_bytes
+    in_student = min(layout.tensor, shape.tensor)
+    sums = 2 * 2 * layers * stream * _others(layout.tensor)
+    yield Transfer("teacher stream, tensor parallel", sums, layout.tensor, 1)
+    routed = 2 * sum(map(args.is_moe, range(layers))) * stream * _others(layout.expert)
+    above = shape.tensor * shape.context * max(1, layout.tensor // shape.tensor)
+    yield Transfer("teacher tokens, all-to-all to experts", routed, layout.expert, above)
+    key = args.num_key_value_heads * args.head_dim // layout.tensor
+    row = tokens * shape.context * teacher.element_bytes
+    keys = layers * 2 * key * row * _others(shape.context)
+    yield Transfer("teacher keys and values, context parallel", keys, shape.context, shape.tensor)
+    together = max(1, layout.tensor // shape.tensor)
+    ids = 8 * (tokens + 2 * tokens * shape.context) * _others(together)
+    yield Transfer("token ids, positions and documents", ids, together, shape.tensor * shape.context)
+    apart = max(1, shape.tensor // layout.tensor)
+    hidden = stream * apart * _others(apart)
+    yield Transfer("teacher hidden states, to ranks of equal rows", hidden, apart, in_student)
+
+
+def _others(ranks: int) -> float:
+    """Share of a whole tensor that arrives from other ranks."""
+    return (ranks - 1) / ranks
