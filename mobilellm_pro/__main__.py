@@ -37,6 +37,7 @@ VERBS: dict[str, str] = {
     "train": "mobilellm_pro.training.run:train",
     "convert": "mobilellm_pro.convert.conversion:convert",
     "generate": "mobilellm_pro.evaluation.generate:generate",
+    "needle": "mobilellm_pro.evaluation.needle:needle",
     "compare": "mobilellm_pro.pipeline.compare:compare",
 }
 """Verb to `module:function`."""

@@ -1,5 +1,7 @@
 """Text continuation with a KV cache.
 
+A prompt goes in in chunks: the memory beside the cache is that of a chunk, however long the prompt is.
+
 Shapes: B rows of equal length, S prompt tokens, N new tokens, V vocabulary.
 """
 
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobilellm_pro.model.kv_cache import KVCache
+from mobilellm_pro.model.kv_cache import CacheDtype, KVCache
 from mobilellm_pro.model.student import Student
 
 
@@ -21,6 +23,8 @@ def continue_tokens(
     top_p: float = 1.0,
     stop_ids: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
+    prefill_tokens: int = 2048,
+    cache_dtype: CacheDtype = "model",
 ) -> Tensor:
     """Appends tokens to a prompt.
 
@@ -32,13 +36,25 @@ def continue_tokens(
         top_p: samples among the fewest tokens whose probabilities sum to at least top_p.
         stop_ids: ends when every row has produced one of them; a row goes on repeating its own.
         generator: source of randomness.
+        prefill_tokens: of the prompt at a time.
+        cache_dtype: of the KV cache.
 
     Returns:
         [B, <= N] new ids.
+
+    Raises:
+        ValueError: an empty prompt or an empty chunk.
     """
     if prompt.shape[1] == 0:
         raise ValueError("the prompt has no tokens; expected at least one (bos alone will do)")
-    cache, tokens = KVCache(), prompt
+    if prefill_tokens < 1:
+        raise ValueError(f"prefill_tokens = {prefill_tokens}; expected at least 1")
+    if max_new_tokens < 1:
+        return prompt[:, :0]
+    cache = KVCache(prompt.shape[1] + max_new_tokens, cache_dtype)
+    *chunks, tokens = prompt.split(prefill_tokens, dim=1)
+    for chunk in chunks:
+        model(chunk, cache=cache, head=_no_logits)
     produced: list[Tensor] = []
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     stops = torch.tensor(stop_ids, device=prompt.device)
@@ -52,11 +68,15 @@ def continue_tokens(
         if bool(finished.all()):
             break
         tokens = chosen.unsqueeze(1)
-    return torch.stack(produced, dim=1) if produced else prompt[:, :0]
+    return torch.stack(produced, dim=1)
 
 
 def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden[:, -1], weight)
+
+
+def _no_logits(hidden: Tensor, weight: Tensor) -> None:
+    """Only the last token of a prompt says anything about the next one."""
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

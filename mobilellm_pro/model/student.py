@@ -20,7 +20,7 @@ from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
 from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
 from mobilellm_pro.model.initialization import init_normal
-from mobilellm_pro.model.kv_cache import KVCache
+from mobilellm_pro.model.kv_cache import KVCache, LayerAttention
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [B, S, D], head weight [V, D]) -> whatever the caller wants from the model."""
@@ -111,15 +111,19 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(args.num_attention_heads * args.head_dim, args.hidden_size, bias=False)
         self.attend = Attend()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: Any = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask | None, cached: LayerAttention | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D]; under the mask, or, with a cache, as the number of tokens in it says."""
         query = self._heads(self.q_proj(x))
         key = self._heads(self.k_proj(x))
         value = self._heads(self.v_proj(x))
         query, key = rotary.rotate_halves(query, rope), rotary.rotate_halves(key, rope)
-        if cache is not None:
-            key, value = cache(key, value)
-        out = self.attend(query, key, value, mask)
+        if cached is not None:
+            out = cached(query, key, value)
+        else:
+            assert mask is not None
+            out = self.attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -150,9 +154,11 @@ class StudentLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask | None, cached: LayerAttention | None = None
+    ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -187,22 +193,23 @@ class Student(ModelProtocol):
         Args:
             tokens: [B, S] ids.
             positions: [B, S]; default 0, 1, ... or, with a cache, the positions after it.
-            masks: kind -> mask (`build_masks`); default causal over the row, or over the cache and the row.
+            masks: kind -> mask (`build_masks`); default causal over the row. With a cache, always causal over both.
             head: what to do with (hidden [B, S, D], weight [V, D]); default the logits [B, S, V].
             cache: keys and values of earlier tokens, which this call extends.
         """
         args = self.model_args
+        assert cache is None or masks is None, "a cache knows what its queries may see"
         if positions is None:
             start = 0 if cache is None else cache.num_tokens
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if masks is None:
-            masks = build_masks(self.spans(), positions) if cache is None else cache.masks(self.spans(), positions)
+            masks = build_masks(self.spans(), positions) if cache is None else {}
         hidden = self.embed_tokens(tokens)
         rope = rotary.half_tables(rotary.angles(positions, args.head_dim, args.rope_theta), hidden.dtype)
         for name, layer in self.layers.items():
             kind = args.kind(int(name))
-            store = None if cache is None else cache.layer(int(name), self.spans()[kind])
-            hidden = layer(hidden, rope, masks[kind], store)
+            cached = None if cache is None else cache.layer(int(name), self.spans()[kind])
+            hidden = layer(hidden, rope, masks.get(kind), cached)
         if cache is not None:
             cache.num_tokens += tokens.shape[1]
         hidden = self.norm(hidden)
