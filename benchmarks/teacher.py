@@ -7,10 +7,10 @@
 load     a folder of sharded safetensors into one rank's shard: seconds, and growth of the resident peak in a fresh
          process; ours, torch's HuggingFaceStorageReader, and `from_pretrained` of transformers, in turns
 forward  tokens a second and share of the speed of a square matrix product on the same device in the same run (and of
-         989 TFLOP/s on a Hopper card); layer by layer compiled or not
+         989 TFLOP/s on a Hopper card); layer by layer compiled, and with FP8 weights
 step     seconds of a training step: teacher live, hidden states read from a cache, cross entropy alone; with the time
          of the teacher's head product over the same tokens, which a cached step cannot avoid
-overlap  tokens a second with and without `teacher.overlap` (an accelerator only)
+options  a step of four micro-batches with and without `teacher.overlap` (an accelerator only) and FP8 weights
 float8   KL from the teacher to itself with weights in FP8, and with cached hidden states in FP8, over held-out rows
 
 Every row of a table comes from one run of the command, its variants in turns.
@@ -37,6 +37,7 @@ from mobilellm_pro.losses import linear_distillation
 from mobilellm_pro.model.attention import build_masks
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.teacher import FLAVORS, Teacher, TeacherArgs
+from mobilellm_pro.model.teacher_quantization import quantize_layer
 from mobilellm_pro.model.teacher_sharding import compile_layers
 from mobilellm_pro.training.loader import MixtureLoader, open_mixture
 from mobilellm_pro.training.run_folder import read_metrics
@@ -145,35 +146,40 @@ def forward(arguments: argparse.Namespace, work: Path) -> list[str]:
         num_key_value_heads=max(1, heads // 5),
     )
     args = args if GPU else replace(args, vocab_size=4096, num_local_experts=4)
-    model = random_teacher(args, dtype)
     rows, seq_len = (8, 2048) if GPU else (2, 512)
-    tokens = torch.randint(0, args.vocab_size, (rows, seq_len), device=DEVICE)
-    positions = torch.arange(seq_len, device=DEVICE).expand(tokens.shape)
-    masks = build_masks(model.spans(), positions)
-    body = args.get_nparams_and_flops(model, seq_len)[1] / 3 - 2 * args.vocab_size * args.hidden_size
     peak = matrix_product_tflops(dtype, arguments.repeats)
-    parameters = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        whole = Teacher(args)
+    body = args.get_nparams_and_flops(whole, seq_len)[1] / 3 - 2 * args.vocab_size * args.hidden_size
+    parameters = sum(p.numel() for p in whole.parameters())
     shape = f"{arguments.layers} layers of width {arguments.width}, {parameters / 1e9:.2f}B parameters, {dtype}"
     lines = [
         f"{shape}; {rows} rows of {seq_len:,}. A square matrix product reaches {peak:.2f} TFLOP/s.", "",
         "| forward | tokens/s | TFLOP/s | of the matrix product |" + (" of 989 |" if GPU else ""),
         "|---|---|---|---|" + ("---|" if GPU else ""),
     ]  # fmt: skip
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        return model(tokens, positions, masks, head=lambda hidden, weight: hidden)
-
-    for name in ("eager", "compiled"):
-        if name == "compiled":
-            torch.compiler.set_stance("default")
-            compile_layers(model)
-        spent = seconds(run, arguments.repeats)
+    for name in ("eager", "compiled", "float8 weights"):
+        spent = forward_seconds(random_teacher(args, dtype), name, rows, seq_len, arguments.repeats)
         speed = rows * seq_len / spent
         tflops = speed * body / 1e12
         share = f" {tflops / HOPPER_TFLOPS:.1%} |" if GPU else ""
         lines.append(f"| {name} | {speed:,.0f} | {tflops:.3f} | {tflops / peak:.1%} |{share}")
     return lines
+
+
+@torch.no_grad()
+def forward_seconds(model: Teacher, how: str, rows: int, seq_len: int, repeats: int) -> float:
+    """Of the layers, without the head."""
+    tokens = torch.randint(0, model.model_args.vocab_size, (rows, seq_len), device=DEVICE)
+    positions = torch.arange(seq_len, device=DEVICE).expand(tokens.shape)
+    masks = build_masks(model.spans(), positions)
+    if how == "compiled":
+        torch.compiler.set_stance("default")
+        compile_layers(model)
+    if how == "float8 weights":
+        for layer in model.layers.values():
+            quantize_layer(layer)
+    return seconds(lambda: model(tokens, positions, masks, head=lambda hidden, weight: hidden), repeats)
 
 
 def random_teacher(args: TeacherArgs, dtype: torch.dtype) -> Teacher:
@@ -224,15 +230,16 @@ def step(arguments: argparse.Namespace, work: Path) -> list[str]:
 STEPS = 40
 
 
-def step_seconds(folder: Path, overrides: list[str]) -> float:
-    """Median time of a step of a job in one process, the first ten left out."""
+def step_seconds(folder: Path, overrides: list[str], rows: int | None = None) -> float:
+    """Median time of a step (of so many rows, where not the file's) of a job in one process, the first ten left out."""
     command = [sys.executable, "-W", "ignore", "-m", "mobilellm_pro", "train", CONFIG, "--job.dump_folder", str(folder)]
     command += ["--training.steps", str(STEPS), "--validation.no_enable", "--checkpoint.no_enable"]
     command += ["--metrics.log_freq", "1", "--lr_scheduler.warmup_steps", "1", *overrides]
+    command += ["--training.global_batch_size", str(rows)] if rows else []
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     config = load(ROOT / CONFIG)
-    tokens = config.training.global_batch_size * config.training.seq_len
+    tokens = (rows or config.training.global_batch_size) * config.training.seq_len
     return statistics.median(tokens / record["tokens_per_second"] for record in read_metrics(folder, "train")[10:])
 
 
@@ -247,20 +254,31 @@ def head_product_seconds(repeats: int) -> float:
     return times * seconds(lambda: hidden @ head.T, 5 * repeats)
 
 
-# overlap
+# options
 
 
-def overlap(arguments: argparse.Namespace, work: Path) -> list[str]:
-    """A step of four micro-batches."""
-    if not GPU:
-        return ["Not run: this machine has no second stream to run the teacher on."]
-    lines = ["| teacher.overlap | seconds a step |", "|---|---|"]
-    for name, switch in (("off", "--teacher.no_overlap"), ("on", "--teacher.overlap")):
-        runs = [
-            step_seconds(work / f"{name} {number}", [switch, "--training.global_batch_size", "32"])
-            for number in range(arguments.repeats)
-        ]
-        lines.append(f"| {name} | {statistics.median(runs):.4f} ({', '.join(f'{x:.4f}' for x in runs)}) |")
+def options(arguments: argparse.Namespace, work: Path) -> list[str]:
+    """A step of four micro-batches, with the teacher's options; on a GPU beside a teacher of 4.6B parameters."""
+    variants = {"none": [], "float8": ["--teacher.quantization", "float8"]}
+    common = ["--teacher.parallelism.data_parallel_shard_degree", "1"]
+    lines = ["| options | seconds a step (each run) | tokens/s |", "|---|---|---|"]
+    if GPU:
+        variants |= {"overlap": ["--teacher.overlap"], "float8, overlap": ["--teacher.overlap", *variants["float8"]]}
+        args = TeacherArgs(vocab_size=4096, hidden_size=2560, intermediate_size=4096, num_hidden_layers=8)
+        write_teacher(
+            Teacher(replace(args, num_attention_heads=20, num_key_value_heads=4)).bfloat16(), work / "teacher"
+        )
+        common += ["--teacher.path", str(work / "teacher"), "--teacher.dtype", "bfloat16"]
+    else:
+        lines = ["No second stream here, so no overlap; the quickstart's teacher, float32.", "", *lines]
+    tokens = 32 * load(ROOT / CONFIG).training.seq_len
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(arguments.repeats):
+        for name, words in variants.items():
+            times[name].append(step_seconds(work / f"{number} {name}", [*common, *words], rows=32))
+    for name, runs in times.items():
+        middle = statistics.median(runs)
+        lines.append(f"| {name} | {middle:.4f} ({', '.join(f'{x:.4f}' for x in runs)}) | {tokens / middle:,.0f} |")
     return lines
 
 
@@ -285,8 +303,10 @@ def float8(arguments: argparse.Namespace, work: Path) -> list[str]:
     variants = {
         "bfloat16 hidden states": truth.bfloat16().float(),
         "float8 hidden states, a scale per token": through_float8(truth),
-        **{name: hidden(teacher) for name, teacher in float8_teachers(model).items()},
     }
+    for layer in model.layers.values():
+        quantize_layer(layer)
+    variants["float8 weights, a scale per output channel"] = hidden(model)
     lines = ["| variant | KL from the teacher, nats a token | its cross entropy |", "|---|---|---|"]
     for name, states in {"float32": truth, **variants}.items():
         terms = linear_distillation(states, head, truth, head, labels, kl_weight=1.0, ce_weight=0.0)
@@ -302,20 +322,7 @@ def through_float8(hidden: Tensor) -> Tensor:
     return decoded.view_as(hidden)
 
 
-def float8_teachers(model: Teacher) -> dict[str, Teacher]:
-    """The teacher with weights in FP8, where torchao is installed."""
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        return {}
-    from mobilellm_pro.model.teacher_quantization import quantize_layer
-
-    for layer in model.layers.values():
-        quantize_layer(layer)
-    return {"float8 weights, a scale per output channel": model}
-
-
-SECTIONS = {"load": load_folder, "forward": forward, "step": step, "overlap": overlap, "float8": float8}
+SECTIONS = {"load": load_folder, "forward": forward, "step": step, "options": options, "float8": float8}
 
 
 def main() -> None:

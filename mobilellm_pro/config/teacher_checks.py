@@ -26,7 +26,7 @@ def check_teacher_layout(config: JobConfig) -> Iterator[Issue]:
         keys = (f"{_LAYOUT}.tensor_parallel_degree", "parallelism.tensor_parallel_degree")
         found = f"{own.tensor_parallel_degree} with the student's {config.parallelism.tensor_parallel_degree}"
         yield Issue(keys, found, "degrees of which one divides the other: their groups lie inside each other")
-    if teacher.quantization == "float8" and own.data_parallel_shard_degree != 1:
+    if _quantizes(config) and own.data_parallel_shard_degree != 1:
         keys = (f"{_LAYOUT}.data_parallel_shard_degree", "teacher.quantization")
         found = f'{own.data_parallel_shard_degree} with teacher.quantization = "float8"'
         expected = "1: quantized weights are not sharded; use tensor and expert parallelism, or no quantization"
@@ -49,6 +49,10 @@ def check_teacher_ranks(config: JobConfig, world_size: int) -> Iterator[Issue]:
     tensor, expert, shard = own.tensor_parallel_degree, own.expert_parallel_degree, own.data_parallel_shard_degree
     data_ranks = world_size // (student.context_parallel_degree * student.tensor_parallel_degree)
     in_tensor = max(1, tensor // student.tensor_parallel_degree)
+    batch = config.training.global_batch_size
+    if config.teacher.overlap and batch == config.training.local_batch_size * data_ranks:
+        found = f"true with one micro-batch a step, {batch} rows on {data_ranks} data-parallel ranks"
+        yield Issue(("teacher.overlap", "training.global_batch_size"), found, "several micro-batches a step, or false")
     said = f"{data_ranks} data-parallel ranks ({world_size} processes)"
     if data_ranks % in_tensor:
         keys = (f"{_LAYOUT}.tensor_parallel_degree", "parallelism.tensor_parallel_degree")
@@ -75,9 +79,14 @@ def check_teacher_machine(config: JobConfig, device_type: str) -> Iterator[Probl
     if config.teacher.overlap and device_type != "cuda":
         found = f"true on a {device_type} machine, which has no second stream"
         yield Problem("machine", "teacher.overlap", found, "false")
-    if config.teacher.quantization == "float8" and importlib.util.find_spec("torchao") is None:
+    if _quantizes(config) and importlib.util.find_spec("torchao") is None:
         cure = '`pip install "torchao>=0.18,<0.19"` or "none"'
         yield Problem("machine", "teacher.quantization", '"float8", without torchao', cure)
+
+
+def _quantizes(config: JobConfig) -> bool:
+    """Whether a body in float8 is loaded; a job that reads a cache only says whose hidden states it reads."""
+    return config.teacher.quantization == "float8" and config.teacher.cache != "read"
 
 
 def check_teacher_cache(config: JobConfig) -> Iterator[Issue]:

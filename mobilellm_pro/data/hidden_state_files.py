@@ -4,9 +4,10 @@
     <cache>/<corpus>/<split>-<key>-<random>.safetensors   entries of one split of one corpus
 
 An entry is a run of tokens of one row of a corpus: the tensor "<row>:<first token>" [T, D] and, in float8, its scales
-"<row>:<first token>:scale" [T]. A file's metadata hold the format's version, the teacher and the corpus in words, and
-sha256 of the bytes of every entry. A file appears under its name by rename, complete. Any number of processes write at
-once: names are random, and the only file that they share, cache.json, is linked into place by one of them.
+"<row>:<first token>:scale" [T]. It is read as a whole, so a long row has many. A file's metadata hold the format's
+version, the teacher and the corpus in words, and sha256 of the bytes of every entry. A file appears under its name by
+rename, complete. Any number of processes write at once: names are random, and the only file that they share,
+cache.json, is linked into place by one of them (`hidden_state_folder`).
 
 Shapes: T tokens, D width of the teacher.
 """
@@ -29,7 +30,6 @@ from torch import Tensor
 from mobilellm_pro.data.shard_writer import flush_to_disk
 
 VERSION = 1
-CACHE_FILE = "cache.json"
 TEMPORARY = ".tmp"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
 _CODES = {"bfloat16": "BF16", "float32": "F32", "float8": "F8_E4M3"}  # of safetensors
@@ -228,58 +228,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     if size != end:
         raise ValueError(f"{path}: truncated or changed: {size:,} bytes, its header promises {end:,}: {REWRITE}")
     return metadata, tensors, 8 + length
-
-
-def claim_cache(folder: Path, key: CacheKey, teacher_path: str) -> None:
-    """Writes cache.json where there is none; any number of processes may do so at once.
-
-    Raises:
-        ValueError: it is there, for another teacher or number format.
-    """
-    path = folder / CACHE_FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{CACHE_FILE}.{secrets.token_hex(8)}{TEMPORARY}")
-        content = {"version": VERSION, "teacher_path": teacher_path, **asdict(key)}
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # unlike a rename it never replaces what another process wrote
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink(missing_ok=True)
-    check_cache(folder, key, teacher_path)
-
-
-def check_cache(folder: Path, key: CacheKey, teacher_path: str) -> None:
-    """Compares cache.json with what a job expects.
-
-    Raises:
-        FileNotFoundError: no such folder, or no cache in it.
-        ValueError: a damaged file, or a cache of another teacher or number format; all differences are named.
-    """
-    path = folder / CACHE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: teacher.cache_path is no cache of hidden states: correct it, or run a job with "
-            'teacher.cache = "write" first'
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, path_then = content.pop("version"), content.pop("teacher_path")
-        found = CacheKey(**content) if version == VERSION else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not the file of a cache ({error}): choose another teacher.cache_path") from None
-    if found is None:
-        raise ValueError(f"{path}: version {version}, expected {VERSION}: choose another teacher.cache_path")
-    if found != key:
-        raise ValueError(
-            f"{path}: hidden states of another kind, written with the teacher {path_then}; the job's is "
-            f"{teacher_path}: {differences(found, key)}: correct [teacher] or choose another teacher.cache_path"
-        )
 
 
 def differences(found: Any, expected: Any) -> str:

@@ -58,21 +58,21 @@ class CorpusIndex:
 
     @classmethod
     def open(cls, folder: Path, cache: CacheKey, key: CorpusKey) -> "CorpusIndex":
-        """Reads the headers of the corpus' files.
+        """Reads the headers of the corpus' files, in a process only those that it has not read before.
 
         Raises:
             ValueError: a truncated file, or one of another teacher.
         """
-        paths = sorted((folder / key.name).glob(f"{key.prefix}*.safetensors"))
-        tables = [_read_table(path, number, cache, key) for number, path in enumerate(paths)]
-        return cls(key, paths, _sorted(np.concatenate(tables) if tables else np.empty(0, _COLUMNS)))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the index, each counted once."""
-        begins = self.table["begin"]
-        overlap = np.maximum(self.table["end"][:-1] - begins[1:], 0).sum()
-        return int((self.table["end"] - begins).sum() - overlap)
+        states = {path: _state(path) for path in sorted((folder / key.name).glob(f"{key.prefix}*.safetensors"))}
+        seen, index = _opened.get((folder, cache, key), ({}, cls(key, [], np.empty(0, _COLUMNS))))
+        if not seen.items() <= states.items():  # a file was changed or removed
+            seen, index = {}, cls(key, [], np.empty(0, _COLUMNS))
+        new = [path for path in states if path not in seen]
+        if new:
+            tables = [_read_table(path, number, cache, key) for number, path in enumerate(new, len(index.paths))]
+            index = cls(key, [*index.paths, *new], _sorted(np.concatenate([index.table, *tables])))
+        _opened[folder, cache, key] = states, index
+        return index
 
     def missing_rows(self, num_rows: int) -> np.ndarray:
         """int64: which of the first `num_rows` rows are not there as a whole."""
@@ -107,6 +107,12 @@ class CorpusIndex:
         return Place(int(row["begin"]), int(row["end"]), path, *offsets, row["sha256"].tobytes())
 
 
+_State = tuple[int, int, int]
+_opened: dict[tuple[Path, CacheKey, CorpusKey], tuple[dict[Path, _State], CorpusIndex]] = {}
+"""What `CorpusIndex.open` knows: preflight, loaders and writer of a process ask for the same indexes, and a large cache
+has many headers. Files are listed each time, so that new ones are found."""
+
+
 def order_problems(folder: Path, key: CorpusKey) -> str:
     """In words, how the cached rows of a corpus differ from those that a job reads; "" where the cache has its order.
 
@@ -135,6 +141,12 @@ def _sorted(table: np.ndarray) -> np.ndarray:
     table = table[np.lexsort((-table["end"], table["begin"]))]
     furthest = np.maximum.accumulate(table["end"])
     return table[table["end"] > np.concatenate(([-1], furthest))[: len(table)]]
+
+
+def _state(path: Path) -> _State:
+    """Differs after a file was replaced or changed."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _read_table(path: Path, number: int, cache: CacheKey, key: CorpusKey) -> np.ndarray:

@@ -17,14 +17,15 @@ Every rank writes files of its own. Rows that are there are not written again, s
 longer run adds what is missing. Readers assemble a row from entries of any split along the sequence, compare sha256 of
 every entry with its file's header, and hold no file open: a copy in a worker process costs nothing.
 
-`hidden_state_files` has the format, `hidden_state_index` finds holes, `training/hidden_state_cache` checks a job.
+`hidden_state_files` has the format, `hidden_state_folder` says whose a folder is, `hidden_state_index` finds holes,
+`training/hidden_state_cache` checks a job.
 
 Shapes: B rows, S tokens of a row or this rank's part of them, T tokens of an entry, D width of the teacher.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,13 +40,16 @@ from mobilellm_pro.data.hidden_state_files import (
     CorpusKey,
     Entry,
     byte_view,
-    claim_cache,
     decode,
     encode,
     write_file,
 )
+from mobilellm_pro.data.hidden_state_folder import claim_cache
 from mobilellm_pro.data.hidden_state_index import CorpusIndex, Place
 
+# A reader takes an entry as a whole, because of its sha256. Under context parallelism a rank shall read its part of a
+# long row and little else. 42 MB at Scout's width in bfloat16: still one long read for any disk.
+ENTRY_TOKENS = 4096
 _STALE_SECONDS = 3600  # nobody needs so long for one file: its writer is dead
 
 
@@ -89,15 +93,20 @@ class HiddenStateWriter:
             ValueError: a file could not be written, or hidden states of another width or data type than the cache's.
         """
         for key, row, hidden_SD in zip(corpora, rows, hidden_BSD.detach(), strict=True):
-            begin = row * key.seq_len + first
-            if (key, row, first) in self._seen or self._indexes[key].holds(begin, begin + len(hidden_SD)):
-                continue
-            self._seen.add((key, row, first))
-            values, scale = encode(hidden_SD, self._cache)
-            values = values.to("cpu", copy=True).contiguous()
-            self._entries[key].append(Entry(row, first, values, None if scale is None else scale.cpu()))
-            while sum(map(self._collected, self._entries)) >= self._file_bytes:
-                self._write(max(self._entries, key=self._collected))
+            for start, stop in _pieces(first, first + len(hidden_SD)):
+                self._add(key, row, start, hidden_SD[start - first : stop - first])
+
+    def _add(self, key: CorpusKey, row: int, first: int, hidden_TD: Tensor) -> None:
+        """Takes one entry, unless it is there."""
+        begin = row * key.seq_len + first
+        if (key, row, first) in self._seen or self._indexes[key].holds(begin, begin + len(hidden_TD)):
+            return
+        self._seen.add((key, row, first))
+        values, scale = encode(hidden_TD, self._cache)
+        values = values.to("cpu", copy=True).contiguous()
+        self._entries[key].append(Entry(row, first, values, None if scale is None else scale.cpu()))
+        while sum(map(self._collected, self._entries)) >= self._file_bytes:
+            self._write(max(self._entries, key=self._collected))
 
     def flush(self) -> None:
         """Returns when everything that was added is on disk; raises ValueError where a file could not be written."""
@@ -201,6 +210,14 @@ class HiddenStateReader:
         if not direct:
             part = slice(skipped, skipped + len(out_TD))
             decode(values[part], None if scale is None else scale[part], out_TD)
+
+
+def _pieces(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Splits tokens first .. end - 1 of a row into entries, at the same tokens whatever part of the row they are."""
+    while first < end:
+        stop = min(end, first - first % ENTRY_TOKENS + ENTRY_TOKENS)
+        yield first, stop
+        first = stop
 
 
 def _remove_stale(folder: Path, corpora: Sequence[CorpusKey]) -> None:

@@ -131,3 +131,12 @@ def _shard_layers(model: Teacher, groups: TeacherGroups, mesh: DeviceMesh, *, re
 def _shard_experts(experts: nn.Module, group: dist.ProcessGroup, *, reshard: bool) -> FSDPModule:
     mesh = DeviceMesh.from_group(group, device_type)
     return fully_shard(experts, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=expert_placement(mesh))
+
+
+def forget_forward(model: nn.Module) -> None:
+    """Drops FSDP2's record of a forward pass, which only a backward pass would drop: it would grow with every batch."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is not None:
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()

@@ -30,7 +30,14 @@ from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.teacher import Teacher, TeacherArgs, TeacherLayer
 from mobilellm_pro.model.teacher_layout import TeacherLayout, teacher_layout, teacher_slices
 from mobilellm_pro.model.teacher_quantization import quantize_layer
-from mobilellm_pro.model.teacher_sharding import TeacherGroups, compile_layers, connect, make_groups, shard_frozen
+from mobilellm_pro.model.teacher_sharding import (
+    TeacherGroups,
+    compile_layers,
+    connect,
+    forget_forward,
+    make_groups,
+    shard_frozen,
+)
 from mobilellm_pro.model.tensor_files import Slices
 
 HEAD = "lm_head.weight"
@@ -122,6 +129,7 @@ class FrozenTeacher:
         )
         own_positions = positions[:, query_start : query_start + tokens.shape[1]]
         hidden = self.model(tokens, own_positions, masks, head=lambda hidden, weight: hidden)
+        forget_forward(self.model)
         return self._rows.after(hidden, num_rows)
 
     def start(self, tokens: Tensor, positions: Tensor, document_ids: Tensor, *, query_start: int) -> PendingHidden:

@@ -21,7 +21,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from mobilellm_pro.config.job_config import JobConfig
-from mobilellm_pro.data.hidden_state_files import CACHE_FILE, CacheKey, CorpusKey, check_cache, existing_parent
+from mobilellm_pro.data.hidden_state_files import CacheKey, CorpusKey, existing_parent
+from mobilellm_pro.data.hidden_state_folder import CACHE_FILE, check_cache, folder_problem
 from mobilellm_pro.data.hidden_state_index import CorpusIndex, order_problems
 from mobilellm_pro.data.hidden_states import HiddenStateReader, HiddenStateWriter
 from mobilellm_pro.data.mixture import Mixture
@@ -104,6 +105,10 @@ def cache_problems(config: JobConfig, batch_ranks: int) -> Iterator[str]:
         else:
             yield from _lost(config, key, mixture, batch_ranks)
     if mode == "write":
+        problem = folder_problem(folder, [stream.corpus.name for stream in mixtures[0].streams])
+        if problem:
+            yield problem
+            return
         needed = sum(size for size, _, _ in _sizes(config, key, mixtures, batch_ranks))
         free = shutil.disk_usage(existing_parent(folder)).free
         if needed > free:

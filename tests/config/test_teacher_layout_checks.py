@@ -45,6 +45,7 @@ def test_keys_that_exclude_each_other(config: JobConfig, key: str) -> None:
         laid_out(tensor=2, parallelism__tensor_parallel_degree=4),
         laid_out(shard=1, teacher__quantization="float8"),
         laid_out(teacher__overlap=True, training__global_batch_size=64),
+        laid_out(teacher__quantization="float8", teacher__cache="read", teacher__cache_path="cache"),
     ],
 )
 def test_what_is_allowed(config: JobConfig) -> None:
@@ -89,3 +90,5 @@ def test_overlap_needs_cuda_and_float8_torchao(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = laid_out(shard=1, teacher__quantization="float8")
     assert [problem.key for problem in check_machine(config, "cpu")] == ["teacher.quantization"]
+    config = laid_out(teacher__quantization="float8", teacher__cache="read", teacher__cache_path="cache")
+    assert check_machine(config, "cpu") == []  # no body is loaded

@@ -1,14 +1,16 @@
 """The hidden-state cache: what comes back is what was put in, and whatever is wrong with a file is said."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +22,13 @@ from safetensors import safe_open
 from mobilellm_pro.data.hidden_state_files import (
     CacheKey,
     CorpusKey,
-    check_cache,
-    claim_cache,
     decode,
     encode,
     read_header,
 )
+from mobilellm_pro.data.hidden_state_folder import check_cache, claim_cache, folder_problem
 from mobilellm_pro.data.hidden_state_index import CorpusIndex, order_problems
-from mobilellm_pro.data.hidden_states import HiddenStateReader, HiddenStateWriter
+from mobilellm_pro.data.hidden_states import ENTRY_TOKENS, HiddenStateReader, HiddenStateWriter
 
 S, D = 32, 48
 BF16 = CacheKey("0123456789abcdef", "none", "bfloat16", D, "teacher")
@@ -70,6 +71,12 @@ def reader(folder: Path, cache: CacheKey = BF16, **part: int) -> HiddenStateRead
 
 def files(folder: Path) -> list[Path]:
     return sorted((folder / "a").glob("*.safetensors"))
+
+
+def num_tokens(index: CorpusIndex) -> int:
+    """Tokens in an index, each counted once."""
+    intervals = zip(index.table["begin"].tolist(), index.table["end"].tolist(), strict=True)
+    return len({token for begin, end in intervals for token in range(begin, end)})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,6 +176,68 @@ def test_rows_in_parts(tmp_path: Path, parts: int, first: int, num_tokens: int):
             assert torch.equal(whole[0], hidden(4))
 
 
+def test_a_long_row_is_read_in_pieces(tmp_path: Path):
+    """A part of a row needs the entries that hold it and no other, whoever wrote them; missing pieces are added."""
+    assert ENTRY_TOKENS == 4096
+    long = replace(A, seq_len=10_000)
+    row_SD = torch.randn(10_000, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def add(first: int, end: int) -> None:
+        with closing(HiddenStateWriter(tmp_path, BF16, [long], file_bytes=2**30, teacher_path="there")) as writer:
+            writer.add([long], [3], row_SD[None, first:end], first=first)
+
+    def places(first: int, end: int) -> list[tuple[int, int]]:
+        found = CorpusIndex.open(tmp_path, BF16, long).places(30_000 + first, 30_000 + end)
+        return [(place.begin - 30_000, place.end - 30_000) for place in found]
+
+    add(2500, 5000)
+    assert places(0, 10_000) == [(2500, 4096), (4096, 5000)]
+    add(0, 10_000)
+    assert places(0, 10_000) == [(0, 4096), (4096, 8192), (8192, 10_000)]
+    add(5000, 10_000)
+    add(0, 10_000)
+    assert len(files(tmp_path)) == 2 and places(8192, 9000) == [(8192, 10_000)]
+    for first, end in ((0, 10_000), (0, 5000), (5000, 10_000), (8192, 8200)):
+        part = HiddenStateReader([CorpusIndex.open(tmp_path, BF16, long)], BF16, first=first, num_tokens=end - first)
+        assert torch.equal(part.read([0], [3])[0], row_SD[first:end])
+    path = CorpusIndex.open(tmp_path, BF16, long).places(38_192, 38_193)[0].path
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")  # in the last piece
+    index = CorpusIndex.open(tmp_path, BF16, long)
+    first_half = HiddenStateReader([index], BF16, first=0, num_tokens=5000).read([0], [3])
+    assert torch.equal(first_half[0], row_SD[:5000])
+    with pytest.raises(ValueError, match="sha256 differs"):
+        HiddenStateReader([index], BF16, first=5000, num_tokens=5000).read([0], [3])
+
+
+def test_a_process_reads_a_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was added, replaced or removed in between is seen."""
+    read: list[Path] = []
+    monkeypatch.setattr(
+        "mobilellm_pro.data.hidden_state_index.read_header", lambda path: read.append(path) or read_header(path)
+    )
+
+    def opened() -> CorpusIndex:
+        read.clear()
+        return CorpusIndex.open(tmp_path, BF16, A)
+
+    write(tmp_path, [0, 1])
+    (first,) = files(tmp_path)
+    assert opened().missing_rows(2).tolist() == [] and opened().missing_rows(3).tolist() == [2] and read == []
+    write(tmp_path, [2])
+    index = opened()
+    assert read == [path for path in files(tmp_path) if path != first] and index.missing_rows(3).tolist() == []
+    found = HiddenStateReader([index], BF16).read([0, 0, 0], [0, 1, 2])
+    assert torch.equal(found, torch.stack([hidden(row) for row in range(3)]))
+    with pytest.raises(ValueError, match="fingerprint is"):  # another cache's index is another one
+        CorpusIndex.open(tmp_path, replace(BF16, fingerprint="other"), A)
+    replaced = first.with_name("new")
+    replaced.write_bytes(first.read_bytes())
+    os.replace(replaced, first)
+    assert opened().missing_rows(3).tolist() == [] and sorted(read) == files(tmp_path)
+    first.unlink()
+    assert opened().missing_rows(3).tolist() == [0, 1] and read == files(tmp_path)
+
+
 def test_overlapping_entries(tmp_path: Path):
     """Runs of several layouts, none of which saw the others' entries: every token is there, and counted once."""
     size = S // 4
@@ -177,7 +246,7 @@ def test_overlapping_entries(tmp_path: Path):
             writer._indexes[A] = CorpusIndex.open(tmp_path / "none", BF16, A)
             writer.add([A], [7], hidden(7)[None, first * size : last * size], first=first * size)
     index = CorpusIndex.open(tmp_path, BF16, A)
-    assert index.num_tokens == S and len(index.table) == 2
+    assert num_tokens(index) == S and len(index.table) == 2
     assert index.holds(7 * S, 8 * S) and not index.holds(7 * S - 1, 8 * S) and not index.holds(7 * S, 8 * S + 1)
     assert torch.equal(reader(tmp_path).read([0], [7])[0], hidden(7))
 
@@ -189,7 +258,7 @@ def test_rows_that_are_there_are_not_written_again(tmp_path: Path):
     write(tmp_path, [0, 1, 2], parts=2)
     assert files(tmp_path) == before
     write(tmp_path, [1, 3, 3])
-    assert len(files(tmp_path)) == 2 and CorpusIndex.open(tmp_path, BF16, A).num_tokens == 4 * S
+    assert len(files(tmp_path)) == 2 and num_tokens(CorpusIndex.open(tmp_path, BF16, A)) == 4 * S
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -205,7 +274,7 @@ def test_missing_rows_against_a_table(seed: int):
     index = CorpusIndex(A, [Path()], _table(begins, ends))
     expected = np.flatnonzero(~there[: num_rows * S].reshape(num_rows, S).all(axis=1))
     assert index.missing_rows(num_rows).tolist() == expected.tolist()
-    assert index.num_tokens == there.sum()
+    assert num_tokens(index) == there.sum()
     for begin in range(0, num_rows * S - 10, 7):
         assert index.holds(begin, begin + 10) == there[begin : begin + 10].all()
 
@@ -314,6 +383,40 @@ def test_a_cache_has_one_teacher_and_one_format(tmp_path: Path):
         check_cache(tmp_path, BF16, "here")
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file in the way, and a file system without hard links; nothing remains of the attempt."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "deep/er"
+    assert folder_problem(folder, "ab") == ""
+    for wrong in (tmp_path / "file", tmp_path / "file/cache"):
+        words = rf"teacher.cache_path = '{wrong}': no cache can be written in .*\(.+\): choose a folder"
+        assert re.match(words, folder_problem(wrong, "ab"))
+        with pytest.raises(ValueError, match=words):
+            claim_cache(wrong, BF16, "there")
+
+    def no_links(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", source)
+
+    monkeypatch.setattr(os, "link", no_links)
+    words = rf"no cache can be written in {tmp_path} \(Operation not permitted\): .* with hard links"
+    assert re.search(words, folder_problem(folder, "ab"))
+    with pytest.raises(ValueError, match=words.replace(str(tmp_path), str(folder))):
+        claim_cache(folder, BF16, "there")
+    assert not list(folder.iterdir()) and {path.name for path in tmp_path.iterdir()} == {"file", "deep"}
+    (folder / "cache.json").touch()  # the only file that is linked
+    assert folder_problem(folder, "ab") == ""
+    (folder / "b").touch()
+    assert f"no cache can be written in {folder}/b (" in folder_problem(folder, "ab")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_named(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert f"no cache can be written in {tmp_path} (Permission denied)" in folder_problem(tmp_path / "cache", "ab")
+    with pytest.raises(ValueError, match="Permission denied"):
+        claim_cache(tmp_path / "cache", BF16, "there")
+
+
 def test_many_claim_a_cache_at_once(tmp_path: Path):
     """Equal keys all succeed; of different ones all but the first are told so."""
     keys = [replace(BF16, fingerprint=name) for name in ("one", "one", "two", "two")]
@@ -359,7 +462,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path):
     assert "File too large" in message and "hidden states of a (train) cannot be written" in message
     assert str(tmp_path / "cache/a/train-") in message and "free space" in message
     (complete,) = (tmp_path / "cache/a").iterdir()  # the first, which fitted
-    assert CorpusIndex.open(tmp_path / "cache", BF16, A).num_tokens == 4 and complete.suffix == ".safetensors"
+    assert num_tokens(CorpusIndex.open(tmp_path / "cache", BF16, A)) == 4 and complete.suffix == ".safetensors"
 
 
 def test_what_a_killed_process_left_is_ignored_and_later_removed(tmp_path: Path):

@@ -174,7 +174,16 @@ def _largest_error(folder: Path, case: Case, rows: Rows, world_size: int) -> flo
         assert head.shape == (ARGS.vocab_size, ARGS.hidden_size) and not hidden.requires_grad
         error = max(error, (hidden - rows.hidden[own, start : start + length]).abs().max().item())
         teacher.release()
+    assert passes_remembered(teacher.model) == 0, "FSDP2's record of forward passes would grow without end"
     return error
+
+
+def passes_remembered(model: torch.nn.Module) -> int:
+    """Forward passes of its units for which FSDP2 still expects a backward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+    return sum(len(group._post_forward_indices) + len(group.comm_ctx.post_forward_order) for group in groups if group)
 
 
 @pytest.mark.parametrize("world_size", CASES)
@@ -348,12 +357,21 @@ def on_a_gpu(folder: Path) -> tuple[float, bool]:
     rows = torch.load(folder / "rows.pt", weights_only=False)["packed"]
     arguments = [tensor.to(device) for tensor in (rows.tokens, rows.positions, rows.document_ids)]
     hidden = teacher.hidden(*arguments, query_start=0)
-    pending = teacher.start(*arguments, query_start=0)
-    busy = torch.randn(2048, 2048, device=device)
-    for _ in range(20):  # the backward pass that it runs beside
-        busy = torch.tanh(busy @ busy)
-    ahead = pending.wait()
-    same = torch.equal(ahead @ teacher.head.T, hidden @ teacher.head.T)
+    teacher._stream = torch.cuda.Stream()
+    same = True
+    for _ in range(3):
+        teacher.release()
+        torch.cuda._sleep(
+            100_000_000
+        )  # inputs that are late, and a pass that ends late: who does not wait reads garbage
+        late = [tensor + torch.zeros_like(tensor) for tensor in arguments]
+        with torch.cuda.stream(teacher._stream):
+            torch.cuda._sleep(200_000_000)
+        pending = teacher.start(*late, query_start=0)
+        del late
+        busy = torch.randn(2048, 2048, device=device)
+        busy = torch.tanh(busy @ busy)  # the backward pass that it runs beside
+        same = same and torch.equal(pending.wait() @ teacher.head.T, hidden @ teacher.head.T)
     return (hidden.cpu() - rows.hidden).abs().max().item(), same
 
 

@@ -1,5 +1,6 @@
 """A run that reads the teacher's hidden states equals the run that computed them; all else is an error beforehand."""
 
+import errno
 import os
 import shutil
 import signal
@@ -146,6 +147,16 @@ def test_float8_is_close(world: SmallWorld) -> None:
         assert losses(ours, key) != losses(live, key), key
 
 
+def test_a_cache_of_a_teacher_in_float8(world: SmallWorld, written: Path) -> None:
+    """The job that reads says so too, in a layout of its own; without it the cache is another teacher's."""
+    pytest.importorskip("torchao")
+    float8, whole = ("--teacher.quantization", "float8"), ("--teacher.parallelism.data_parallel_shard_degree", "1")
+    live = write(world, "quantized", 1, *float8, *whole)
+    assert numbers(read(world, "quantized", 1, *float8)) == numbers(live)
+    assert losses(live, "distill/kl") != losses(written, "distill/kl")
+    assert "quantization is 'float8' there and 'none' here" in problem(world, "read", "quantized")
+
+
 def wait_for_step(folder: Path, step: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -253,6 +264,15 @@ def test_a_disk_that_is_too_small(world: SmallWorld, monkeypatch: pytest.MonkeyP
         text = problem(world, "write", "new")
         assert fits == (text == "")
     assert "have to write" not in text and "take 0.459 MB, 0.459 MB are free" in text and "float8" in text
+
+
+def test_a_folder_that_cannot_be_written(world: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", source)
+
+    monkeypatch.setattr(os, "link", no_links)
+    text = problem(world, "write", "new")
+    assert f"teacher.cache_path = '{world.folder}/cache/new': no cache can be written" in text and "hard links" in text
 
 
 @pytest.mark.parametrize(
