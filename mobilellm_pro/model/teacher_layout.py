@@ -10,6 +10,7 @@ All of it is arithmetic on ranks, without a process group: a plan for a thousand
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,39 @@ def teacher_layout(parallelism: TeacherParallelism, *, world_size: int, context:
         expert=parallelism.expert_parallel_degree,
         shard=world_size // own if shard == -1 else shard,
     )
+
+
+def degree_problems(args: TeacherArgs, parallelism: TeacherParallelism, dtype: str, source: str) -> Iterator[str]:
+    """Degrees that do not divide what they split.
+
+    Args:
+        args: architecture of the whole teacher.
+        parallelism: its degrees, which are positive.
+        dtype: `teacher.dtype`.
+        source: where the architecture comes from, for the messages.
+    """
+    degree = parallelism.tensor_parallel_degree
+    kinds = {args.is_moe(i) for i in range(args.num_hidden_layers)}
+    widths = [key for key, moe in (("intermediate_size", True), ("intermediate_size_mlp", False)) if moe in kinds]
+    for key in ("num_attention_heads", "num_key_value_heads", *widths):
+        if getattr(args, key) % degree:
+            yield (
+                f"teacher.parallelism.tensor_parallel_degree = {degree} does not divide {key} = {getattr(args, key)} "
+                f"of {source}"
+            )
+    unit = 8 if dtype == "bfloat16" else 4
+    if True in kinds and args.intermediate_size % degree == 0 and args.intermediate_size // degree % unit:
+        yield (
+            f"teacher.parallelism.tensor_parallel_degree = {degree} leaves {args.intermediate_size // degree} columns "
+            f"of an expert of {source}; grouped products need a multiple of {unit} (16 bytes)"
+        )
+    degree = parallelism.expert_parallel_degree
+    num_experts = args.num_local_experts if True in kinds else 1
+    if num_experts % degree:
+        yield (
+            f"teacher.parallelism.expert_parallel_degree = {degree} does not divide the {num_experts} experts "
+            f"of {source}"
+        )
 
 
 def teacher_slices(args: TeacherArgs, layout: TeacherLayout, rank: int) -> dict[str, Slices]:

@@ -19,6 +19,7 @@ from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.registry import configured_args
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import FLAVORS, TeacherArgs
+from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.pipeline.peak_memory import RankMemory, StudentStep, rank_memory
 from mobilellm_pro.pipeline.plan_report import report
 from mobilellm_pro.pipeline.step_memory import TeacherStep
@@ -123,7 +124,8 @@ def plan(
         raise ValueError(f"model.name = {config.model.name!r}: a plan is for the student, mobilellm_pro")
     args = None if config.distill.objective == "ce" else _teacher_architecture(config, teacher)
     problems = [str(problem) for size in sizes for problem in check_world_size(config, size)]
-    problems += _degree_problems(config, student_args, args)
+    source = "Llama 4 Scout" if teacher == "scout" else config.teacher.path
+    problems += _degree_problems(config, student_args, args, source)
     if problems:
         raise JobError(config_path, list(dict.fromkeys(problems)))
     plans = [rank_plan(config, student_args, args, size, given, cards) for size in sizes]
@@ -230,31 +232,19 @@ def _teacher_architecture(config: JobConfig, teacher: str) -> TeacherArgs:
     return teacher_args(read_config(folder), folder)
 
 
-def _degree_problems(config: JobConfig, student: StudentArgs, teacher: TeacherArgs | None) -> list[str]:
-    """Degrees that do not divide what they split."""
-    own = config.teacher.parallelism
-    heads = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    wanted: list[tuple[str, int, Any, tuple[str, ...]]] = [
-        (
-            "parallelism.tensor_parallel_degree",
-            config.parallelism.tensor_parallel_degree,
-            student,
-            (*heads, "vocab_size"),
-        )
+def _degree_problems(config: JobConfig, student: StudentArgs, teacher: TeacherArgs | None, source: str) -> list[str]:
+    """Degrees that do not divide what they split, and vocabularies that differ."""
+    if teacher is not None and teacher.vocab_size != student.vocab_size:
+        return [f"the teacher has {teacher.vocab_size:,} ids, the student {student.vocab_size:,}"]
+    degree = config.parallelism.tensor_parallel_degree
+    found = [
+        f"parallelism.tensor_parallel_degree = {degree} does not divide {name} = {getattr(student, name)}"
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+        if getattr(student, name) % degree
     ]
     if teacher is not None:
-        wanted += [
-            ("teacher.parallelism.tensor_parallel_degree", own.tensor_parallel_degree, teacher, heads),
-            ("teacher.parallelism.expert_parallel_degree", own.expert_parallel_degree, teacher, ("num_local_experts",)),
-        ]
-        if teacher.vocab_size != student.vocab_size:
-            return [f"the teacher has {teacher.vocab_size:,} ids, the student {student.vocab_size:,}"]
-    return [
-        f"{key} = {degree} does not divide {name} = {getattr(args, name)}"
-        for key, degree, args, names in wanted
-        for name in names
-        if getattr(args, name) % degree
-    ]
+        found += degree_problems(teacher, config.teacher.parallelism, config.teacher.dtype, source)
+    return found
 
 
 def _cards(names: list[str] | None) -> dict[str, Hardware]:
@@ -288,6 +278,9 @@ def _as_json(config_path: str, plans: list[RankPlan], given: Assumptions, cards:
         record = asdict(one)
         record["shape"] |= {"step_rows": one.shape.step_rows, "step_tokens": one.shape.step_tokens}
         record["memory"] |= {"peak": one.memory.peak, "peak_moment": one.memory.peak_moment}
+        for entry, transfer in zip(record["transfers"], one.transfers, strict=True):
+            del entry["members"]
+            entry["ranks"] = transfer.ranks
         for key, time in one.times.items():
             record["times"][key]["total"] = time.total
         described.append(record)

@@ -23,7 +23,7 @@ from mobilellm_pro.losses.full_teacher_rows import tile_height
 from mobilellm_pro.losses.problem import Problem
 from mobilellm_pro.losses.token_chunks import chunk_size
 from mobilellm_pro.model.student import StudentArgs
-from mobilellm_pro.model.teacher import TeacherArgs
+from mobilellm_pro.model.teacher import Split, TeacherArgs
 from mobilellm_pro.model.teacher_layout import TeacherLayout
 from mobilellm_pro.pipeline.step_shape import StepShape
 from mobilellm_pro.training.fake_ranks import ModelShards, Unit
@@ -47,7 +47,7 @@ class TeacherStep:
     """Hidden states come from a cache, and only the head is there."""
 
     quantized: bool
-    """Matrices of the layers are held in one byte an element; their scales, one a channel, are not counted."""
+    """Matrices of the layers are held in one byte an element, with a scale in fp32 for each output channel."""
 
     resident: bool
     overlap: bool
@@ -57,12 +57,13 @@ class TeacherStep:
     def held_bytes(self) -> int:
         """Bytes of the shard, or of the whole where nobody shares it."""
         num_bytes = self.shards.local_numel * self.element_bytes
-        if not self.quantized:
+        if self.cached or not self.quantized:
             return num_bytes
         args, layers = self.args, range(self.args.num_hidden_layers)
         kept = (2 * args.vocab_size + 1 + 2 * len(layers)) * args.hidden_size
         kept += sum(map(args.is_moe, layers)) * args.num_local_experts * args.hidden_size
-        return num_bytes - (self.shards.local_numel - kept) * (self.element_bytes - 1)
+        scales = sum(_output_channels(args, self.layout.split, layer) for layer in layers)
+        return num_bytes - (self.shards.local_numel - kept) * (self.element_bytes - 1) + 4 * scales
 
     def rows(self, shape: StepShape) -> int:
         """Rows that this rank's tensor group runs: those of all its students, or a share of one's."""
@@ -73,6 +74,14 @@ class TeacherStep:
     def tokens(self, shape: StepShape) -> int:
         """Tokens of those rows on this rank."""
         return self.rows(shape) * shape.part_tokens
+
+
+def _output_channels(args: TeacherArgs, split: Split, layer: int) -> int:
+    """Of all matrices of a layer that are quantized, those of this rank."""
+    projections = (args.num_attention_heads + 2 * args.num_key_value_heads) * args.head_dim // split.tensor
+    inner = args.intermediate_size if args.is_moe(layer) else args.intermediate_size_mlp
+    blocks = 1 + args.num_local_experts // split.experts * args.is_moe(layer)  # a shared expert beside the others
+    return projections + args.hidden_size + blocks * (2 * inner // split.tensor + args.hidden_size)
 
 
 def layer_activations(args: StudentArgs, shape: StepShape) -> int:
@@ -170,12 +179,17 @@ def teacher_activations(teacher: TeacherStep, shape: StepShape) -> int:
 
 
 def restored_bytes(teacher: TeacherStep) -> int:
-    """The largest matrix of a layer, which is restored from FP8 for its product: gate and up of the rank's experts."""
-    if not teacher.quantized:
+    """The largest matrix of a layer, while it is restored from FP8: gate and up of the rank's experts, if it has any.
+
+    It is made in fp32 without and with its scales, and then rounded; compiled layers do without these copies.
+    """
+    if teacher.cached or not teacher.quantized:
         return 0
     args, split = teacher.args, teacher.layout.split
-    inner = args.intermediate_size * (args.num_local_experts // split.experts)
-    return 2 * args.hidden_size * inner // split.tensor * teacher.element_bytes
+    experts = 2 * args.intermediate_size * (args.num_local_experts // split.experts)
+    widths = {experts if args.is_moe(i) else args.intermediate_size_mlp for i in range(args.num_hidden_layers)}
+    rounded = teacher.element_bytes if teacher.element_bytes < 4 else 0
+    return args.hidden_size * max(*widths, args.num_attention_heads * args.head_dim) // split.tensor * (8 + rounded)
 
 
 def mask_bytes(shape: StepShape, rows: int) -> int:

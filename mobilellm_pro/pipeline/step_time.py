@@ -5,6 +5,7 @@ the products of the same model and costs only what is longer than they are; ever
 on several nodes crosses each node's border once, on the network cards of its own ranks, as rings do.
 """
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from mobilellm_pro.pipeline.step_work import Transfer
@@ -50,7 +51,7 @@ class StepTime:
     """Of student, teacher and loss."""
 
     transfers: dict[str, float]
-    """Of every kind, whether something else runs beside it or not."""
+    """Of every kind, its groups added up, whether something else runs beside it or not."""
 
     waiting: float
     """What the transfers add to the step."""
@@ -65,9 +66,9 @@ class StepTime:
 
 
 def transfer_seconds(transfer: Transfer, links: Links) -> float:
-    """Seconds of one kind, by the slower of the links inside a node and those between nodes."""
-    per_node = max(1, min(transfer.ranks, links.ranks_per_node // transfer.stride))
-    nodes = -(-transfer.ranks // per_node)
+    """Seconds of one, by the slower of the links inside a node and those between nodes."""
+    on_nodes = Counter(rank // links.ranks_per_node for rank in transfer.members)
+    per_node, nodes = max(on_nodes.values()), len(on_nodes)
     inside = transfer.num_bytes / links.node_bandwidth if per_node > 1 else 0.0
     if nodes == 1:
         return inside
@@ -99,10 +100,13 @@ def step_time(
         utilisation: share of the peak at which products run, recomputed ones included.
     """
     products = {kind: amount / (hardware.peak_flops * utilisation) for kind, amount in flops.items()}
-    seconds = {transfer.kind: transfer_seconds(transfer, links) for transfer in transfers}
-    waiting = sum(seconds[transfer.kind] for transfer in transfers if not transfer.hidden_behind)
-    for model in ("student", "teacher"):
-        beside = sum(seconds[transfer.kind] for transfer in transfers if transfer.hidden_behind == model)
-        waiting += max(0.0, beside - products[model])
+    by_kind: dict[str, float] = defaultdict(float)
+    by_model: dict[str, float] = defaultdict(float)
+    for transfer in transfers:
+        # One kind may move in groups of several sizes: the teacher's experts are gathered by fewer ranks.
+        seconds = transfer_seconds(transfer, links)
+        by_kind[transfer.kind] += seconds
+        by_model[transfer.hidden_behind] += seconds
+    waiting = by_model[""] + sum(max(0.0, by_model[model] - products[model]) for model in ("student", "teacher"))
     from_memory = {kind: amount / hardware.memory_bandwidth for kind, amount in memory_traffic.items()}
-    return StepTime(products, seconds, waiting, from_memory)
+    return StepTime(products, dict(by_kind), waiting, from_memory)

@@ -13,7 +13,7 @@ of a split vocabulary (8 numbers a token), checkpoints, tokens from disk.
 Letters as in `step_memory.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mobilellm_pro.config import JobConfig
@@ -33,14 +33,16 @@ class Transfer:
 
     kind: str
     num_bytes: float
-    ranks: int
-    """Of one group."""
-
-    stride: int
-    """Distance between neighbours of a group, in ranks: ranks of one node are consecutive."""
+    members: Sequence[int]
+    """Ranks of one group, that of rank 0: which of them are on one node decides how fast they are."""
 
     hidden_behind: str = ""
     """ "student" or "teacher": whose products it runs beside; "" for none."""
+
+    @property
+    def ranks(self) -> int:
+        """Of one group."""
+        return len(self.members)
 
 
 def student_flops(
@@ -133,14 +135,14 @@ def _student_weights(student: StudentStep, shape: StepShape) -> Iterator[Transfe
     """Layers are gathered forward and backward, the root once; gradients are summed after every micro-batch."""
     gathered = sum(unit.gathered_numel * (2 if unit.name else 1) for unit in student.shards.units)
     numel, others = sum(unit.gathered_numel for unit in student.shards.units), _others(shape.shard)
-    times, stride = shape.micro_batches, shape.tensor
+    times, together = shape.micro_batches, _neighbours(shape.shard, shape.tensor)
     weights = gathered * shape.compute_bytes * others * times
-    yield Transfer("student weights, all-gather", weights, shape.shard, stride, "student")
+    yield Transfer("student weights, all-gather", weights, together, "student")
     gradients = numel * shape.reduce_bytes * others * times
-    yield Transfer("student gradients, reduce-scatter", gradients, shape.shard, stride, "student")
+    yield Transfer("student gradients, reduce-scatter", gradients, together, "student")
     replicas = 2 * numel / max(1, shape.shard) * shape.reduce_bytes * _others(shape.replicate) * times
     kind = "student gradients, all-reduce of replicas"
-    yield Transfer(kind, replicas, shape.replicate, shape.shard * shape.tensor, "student")
+    yield Transfer(kind, replicas, _neighbours(shape.replicate, shape.shard * shape.tensor), "student")
 
 
 def _student_activations(args: StudentArgs, shape: StepShape) -> Iterator[Transfer]:
@@ -156,20 +158,28 @@ def _student_activations(args: StudentArgs, shape: StepShape) -> Iterator[Transf
     key = args.num_key_value_heads * args.head_dim // shape.tensor
     row = tokens * shape.context * shape.compute_bytes
     keys = layers * passes * 2 * key * row * _others(shape.context)
-    yield Transfer("student keys and values, context parallel", keys, shape.context, shape.tensor)
+    yield Transfer("student keys and values, context parallel", keys, _neighbours(shape.context, shape.tensor))
     stream = tokens * args.hidden_size * shape.compute_bytes * _others(shape.tensor)
-    yield Transfer("student stream, tensor parallel", (4 * passes * layers + 2 + 4) * stream, shape.tensor, 1)
+    yield Transfer(
+        "student stream, tensor parallel", (4 * passes * layers + 2 + 4) * stream, _neighbours(shape.tensor, 1)
+    )
 
 
 def _teacher_weights(teacher: TeacherStep, shape: StepShape) -> Iterator[Transfer]:
-    """Every unit once a micro-batch; resident weights were gathered long before."""
+    """Every unit once a micro-batch; resident weights were gathered long before.
+
+    Experts that are split have fewer holders than the rest, and groups of their own.
+    """
     if teacher.resident:
         return
-    for ranks in sorted({unit.shard_degree for unit in teacher.shards.units}):
+    layout = teacher.layout
+    shared, experts = layout.shard_groups()[0], layout.expert_shard_groups()[0]
+    for ranks in sorted({unit.shard_degree for unit in teacher.shards.units} - {1}):
+        members = shared if ranks == len(shared) else experts
+        assert ranks == len(members), f"units of {ranks} ranks in {layout}"
         numel = sum(unit.gathered_numel for unit in teacher.shards.units if unit.shard_degree == ranks)
         weights = numel * teacher.element_bytes * _others(ranks) * shape.micro_batches
-        stride = teacher.layout.tensor * (teacher.layout.expert if ranks == teacher.layout.expert_shard else 1)
-        yield Transfer("teacher weights, all-gather", weights, ranks, stride, "teacher")
+        yield Transfer("teacher weights, all-gather", weights, members, "teacher")
 
 
 def _teacher_activations(teacher: TeacherStep, shape: StepShape) -> Iterator[Transfer]:
@@ -179,22 +189,25 @@ def _teacher_activations(teacher: TeacherStep, shape: StepShape) -> Iterator[Tra
     args, layout = teacher.args, teacher.layout
     layers, tokens = args.num_hidden_layers, teacher.tokens(shape) * shape.micro_batches
     stream = tokens * args.hidden_size * teacher.element_bytes
-    in_student = min(layout.tensor, shape.tensor)
     sums = 2 * 2 * layers * stream * _others(layout.tensor)
-    yield Transfer("teacher stream, tensor parallel", sums, layout.tensor, 1)
+    yield Transfer("teacher stream, tensor parallel", sums, layout.tensor_groups()[0])
     routed = 2 * sum(map(args.is_moe, range(layers))) * stream * _others(layout.expert)
-    above = shape.tensor * shape.context * max(1, layout.tensor // shape.tensor)
-    yield Transfer("teacher tokens, all-to-all to experts", routed, layout.expert, above)
+    yield Transfer("teacher tokens, all-to-all to experts", routed, layout.expert_groups()[0])
     key = args.num_key_value_heads * args.head_dim // layout.tensor
     row = tokens * shape.context * teacher.element_bytes
     keys = layers * 2 * key * row * _others(shape.context)
-    yield Transfer("teacher keys and values, context parallel", keys, shape.context, shape.tensor)
-    together = max(1, layout.tensor // shape.tensor)
-    ids = 8 * (tokens + 2 * tokens * shape.context) * _others(together)
-    yield Transfer("token ids, positions and documents", ids, together, shape.tensor * shape.context)
-    apart = max(1, shape.tensor // layout.tensor)
-    hidden = stream * apart * _others(apart)
-    yield Transfer("teacher hidden states, to ranks of equal rows", hidden, apart, in_student)
+    yield Transfer("teacher keys and values, context parallel", keys, layout.context_groups()[0])
+    together = layout.gather_groups()[0]
+    ids = 8 * (tokens + 2 * tokens * shape.context) * _others(len(together))
+    yield Transfer("token ids, positions and documents", ids, together)
+    apart = layout.spread_groups()[0]
+    hidden = stream * len(apart) * _others(len(apart))
+    yield Transfer("teacher hidden states, to ranks of equal rows", hidden, apart)
+
+
+def _neighbours(ranks: int, stride: int) -> Sequence[int]:
+    """Ranks of an axis of the student's mesh, which is a grid."""
+    return range(0, ranks * stride, stride)
 
 
 def _others(ranks: int) -> float:

@@ -32,7 +32,7 @@ class Unit:
     """Parameters that are gathered together: an FSDP2 unit, or a model that no rank shares."""
 
     name: str
-    """Module name; "" is the root."""
+    """Module name; "" is the root. With ".ignored" it is what FSDP2 leaves whole of that module."""
 
     local_numel: int
     """Elements that the rank keeps."""
@@ -72,11 +72,14 @@ class ModelShards:
         return self.units[-1]
 
     def largest(self, part: str) -> list[Unit]:
-        """The units under one `part` ("layers", "embed_tokens") that are gathered for it together and are largest."""
+        """The units under one `part` ("layers", "embed_tokens") that are gathered for it together and are largest.
+
+        What is not gathered is not among them.
+        """
         groups: dict[str, list[Unit]] = {}
         for unit in self.units:
             words = unit.name.replace("_checkpoint_wrapped_module.", "").split(".")
-            if words[0] == part:
+            if words[0] == part and unit.shard_degree > 1:
                 groups.setdefault(".".join(words[:2]), []).append(unit)
         return max(groups.values(), key=lambda units: sum(unit.gathered_numel for unit in units), default=[])
 

@@ -22,6 +22,7 @@ from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.registry import configured_args, model_on_meta
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.model.tensor_files import tensor_problems
 from mobilellm_pro.training.hidden_state_cache import cache_problems
 from mobilellm_pro.training.loader import open_mixture
@@ -157,29 +158,7 @@ def _teacher_layout(config: JobConfig, world_size: int) -> Iterator[str]:
         args = teacher_args(read_config(config.teacher.path), config.teacher.path)
     except (ValueError, OSError):
         return  # reported by _teacher
-    layout = config.teacher.parallelism
-    degree = layout.tensor_parallel_degree
-    kinds = {args.is_moe(i) for i in range(args.num_hidden_layers)}
-    widths = [key for key, moe in (("intermediate_size", True), ("intermediate_size_mlp", False)) if moe in kinds]
-    for key in ("num_attention_heads", "num_key_value_heads", *widths):
-        if getattr(args, key) % degree:
-            yield (
-                f"teacher.parallelism.tensor_parallel_degree = {degree} does not divide {key} = {getattr(args, key)} "
-                f"of {config.teacher.path}"
-            )
-    unit = 8 if config.teacher.dtype == "bfloat16" else 4
-    if True in kinds and args.intermediate_size % degree == 0 and args.intermediate_size // degree % unit:
-        yield (
-            f"teacher.parallelism.tensor_parallel_degree = {degree} leaves {args.intermediate_size // degree} columns "
-            f"of an expert of {config.teacher.path}; grouped products need a multiple of {unit} (16 bytes)"
-        )
-    degree = layout.expert_parallel_degree
-    num_experts = args.num_local_experts if True in kinds else 1
-    if num_experts % degree:
-        yield (
-            f"teacher.parallelism.expert_parallel_degree = {degree} does not divide the {num_experts} experts "
-            f"of {config.teacher.path}"
-        )
+    yield from degree_problems(args, config.teacher.parallelism, config.teacher.dtype, config.teacher.path)
 
 
 def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:

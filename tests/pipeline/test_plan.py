@@ -14,12 +14,10 @@ from torchtitan.tools.utils import device_type
 from mobilellm_pro.__main__ import main
 from mobilellm_pro.config import JobError, load
 from mobilellm_pro.model.attention import Span, build_masks
-from mobilellm_pro.model.teacher import FLAVORS
 from mobilellm_pro.pipeline.plan import plan
 from mobilellm_pro.pipeline.step_shape import step_shape
-from mobilellm_pro.pipeline.step_time import Links, transfer_seconds
+from mobilellm_pro.pipeline.step_time import Hardware, Links, step_time, transfer_seconds
 from mobilellm_pro.pipeline.step_work import Transfer
-from mobilellm_pro.training.fake_ranks import fake_ranks, teacher_shards
 from tests.pipeline.measured_step import (
     RETURN_FREED,
     load_step,
@@ -174,43 +172,30 @@ def test_published_figures(capsys: pytest.CaptureFixture[str]):
     assert "107,769,861,120" in printed and "fits H200" in printed and "Assumed, not measured" in printed
 
 
-def test_splits_of_the_teacher():
-    """Parts of heads and experts are the rank's own; what is left is shared by all who hold it."""
-    config = load(
-        CONFIGS / "debug/1_language.toml",
-        ["--training.global_batch_size=-1", "--teacher.parallelism.expert_parallel_degree=2"],
-    )
-    with fake_ranks(config, 4):
-        split = teacher_shards(config, FLAVORS["debug"], 4)
-    experts = [unit for unit in split.units if unit.name.endswith("experts")]
-    assert {unit.shard_degree for unit in experts} == {2}
-    half = 4 * 3 * 128 * 256 // 2  # of a layer's four experts
-    assert all(unit.gathered_numel == half for unit in experts)
-    assert split.num_parameters == sum(2 * u.gathered_numel if u in experts else u.gathered_numel for u in split.units)
-
-
-def test_experts_that_no_other_rank_has():
-    """With as many shards as parts of the experts, these are whole on their rank, and only the rest is gathered."""
-    degrees = ["--teacher.parallelism.expert_parallel_degree=2", "--teacher.parallelism.data_parallel_shard_degree=2"]
-    config = load(CONFIGS / "debug/1_language.toml", ["--training.global_batch_size=-1", *degrees])
-    with fake_ranks(config, 4):
-        split = teacher_shards(config, FLAVORS["debug"], 4)
-    whole = [unit for unit in split.units if unit.shard_degree == 1]
-    assert [unit.local_numel for unit in whole] == [4 * 3 * 128 * 256 // 2] * 4
-    gathered = sum(unit.gathered_numel for unit in split.units if unit.shard_degree == 2)
-    assert split.num_parameters == gathered + sum(2 * unit.local_numel for unit in whole)
-
-
 def test_seconds_of_a_transfer():
     links = Links(node_bandwidth=400e9, network_bandwidth=50e9, ranks_per_node=8)
-    inside = Transfer("x", 400e9, ranks=8, stride=1)
+    inside = Transfer("x", 400e9, range(8))
     assert transfer_seconds(inside, links) == pytest.approx(1)
     # 16 ranks on two nodes: half of the whole comes from the other node, through eight cards.
-    across = Transfer("x", 15 / 16 * 800e9, ranks=16, stride=1)
+    across = Transfer("x", 15 / 16 * 800e9, range(16))
     assert transfer_seconds(across, links) == pytest.approx(max(15 / 16 * 2, 400e9 / (8 * 50e9)))
     # One rank of a group on each node: all of it through one card.
-    apart = Transfer("x", 50e9, ranks=2, stride=8)
+    apart = Transfer("x", 50e9, [0, 8])
     assert transfer_seconds(apart, links) == pytest.approx(1)
+    # Pairs of neighbours on two nodes: half of the whole from the other node, through two cards.
+    pairs = Transfer("x", 3 / 4 * 200e9, [0, 1, 8, 9])
+    assert transfer_seconds(pairs, links) == pytest.approx(1)
+
+
+def test_seconds_of_one_kind_in_groups_of_two_sizes():
+    links = Links(node_bandwidth=1.0, network_bandwidth=1.0, ranks_per_node=8)
+    moved = [Transfer("gather", 5.0, range(8), "teacher"), Transfer("gather", 2.0, [0, 4], "teacher")]
+    moved.append(Transfer("sum", 1.0, range(2)))
+    card = Hardware("", 1.0, peak_flops=2.0, memory_bandwidth=1.0)
+    products = {"student": 1.0, "teacher": 4.0}
+    time = step_time(products, moved, {}, card, links, utilisation=0.5)
+    assert time.transfers == {"gather": 7, "sum": 1}
+    assert time.waiting == 7 - 4 + 1
 
 
 def test_json_and_defaults(tmp_path: Path):
@@ -231,13 +216,6 @@ def test_without_a_teacher():
     assert not [transfer for transfer in one.transfers if transfer.kind.startswith("teacher")]
 
 
-def test_from_a_cache_the_teacher_is_its_head():
-    config = load(PHASE_1, ["--teacher.cache=read", "--teacher.cache_path=somewhere"])
-    (one,) = plan(config, str(PHASE_1), world_size=[64], teacher="scout")
-    assert one.flops["teacher forward"] == 0 < one.flops["loss, teacher head"]
-    assert one.memory.held["teacher"] == 2 * 202_048 * 5120 // 64
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -250,6 +228,10 @@ def test_from_a_cache_the_teacher_is_its_head():
         (
             ["--world-size", "64", "--teacher", "scout", "--teacher.parallelism.tensor_parallel_degree", "64"],
             "teacher.parallelism.tensor_parallel_degree = 64 does not divide num_attention_heads = 40",
+        ),
+        (
+            ["--world-size", "48", "--teacher", "scout", "--teacher.parallelism.expert_parallel_degree", "3"],
+            "expert_parallel_degree = 3 does not divide the 16 experts of Llama 4 Scout",
         ),
         (["--world-size", "64", "--teacher", "scout", "--distill.impl", "torch"], "the reference"),
         (
