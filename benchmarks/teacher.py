@@ -224,7 +224,41 @@ def step(arguments: argparse.Namespace, work: Path) -> list[str]:
     for name, value in medians.items():
         runs = ", ".join(f"{x:.4f}" for x in times[name])
         lines.append(f"| {name} | {value:.4f} ({runs}) | {value / bar:.2f} × |")
-    return [*lines, f"| head product | {product:.4f} | |"]
+    return [*lines, f"| head product | {product:.4f} | |", "", *loss_at_full_width(arguments.repeats)]
+
+
+def loss_at_full_width(repeats: int) -> list[str]:
+    """The part of a step in which reading a cache differs from labels, at the 1B run's widths."""
+    vocab_size, width, teacher_width = 202_048, 1280, 5120
+    tokens, dtype = (4096, torch.bfloat16) if GPU else (256, torch.float32)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=dtype) * 0.02
+
+    hidden, head = draw(tokens, width).requires_grad_(), draw(vocab_size, width).requires_grad_()
+    teacher_hidden, teacher_head = draw(tokens, teacher_width), draw(vocab_size, teacher_width)
+    labels = torch.randint(0, vocab_size, (tokens,), device=DEVICE)
+
+    def run(teacher: tuple[Tensor, Tensor] | tuple[None, None], kl_weight: float) -> None:
+        terms = linear_distillation(hidden, head, *teacher, labels, kl_weight=kl_weight, ce_weight=1 - kl_weight)
+        torch.autograd.grad(terms.loss, (hidden, head))
+
+    def product() -> None:
+        for part in teacher_hidden.split(256):
+            part @ teacher_head.T
+
+    times: dict[str, list[float]] = {"KL from cached hidden states": [], "cross entropy": [], "head product": []}
+    for _ in range(repeats):
+        times["KL from cached hidden states"].append(seconds(lambda: run((teacher_hidden, teacher_head), 1.0), 1))
+        times["cross entropy"].append(seconds(lambda: run((None, None), 0.0), 1))
+        times["head product"].append(seconds(product, 1))
+    kl, entropy, product_seconds = (statistics.median(values) for values in times.values())
+    return [
+        f"The loss alone, {tokens} tokens, V = {vocab_size:,}, widths {width} and {teacher_width}, {dtype}:", "",
+        "| cross entropy s | teacher's head product s | KL from cached hidden states s | KL / the other two |",
+        "|---|---|---|---|",
+        f"| {entropy:.3f} | {product_seconds:.3f} | {kl:.3f} | {kl / (entropy + product_seconds):.2f} × |",
+    ]  # fmt: skip
 
 
 STEPS = 40

@@ -266,7 +266,9 @@ def test_disturbed_workers(tmp_path: Path, disturb: Callable[[int], None], statu
         write_text(tmp_path / name, {f"long/{i}": f"{i} " * 20_000 for i in range(200)}, "a9")  # some seconds of work
     prepare(tmp_path / "whole/datasets.toml", workers=0)
     folder, toml = tmp_path / "disturbed/tokens/a", tmp_path / "disturbed/datasets.toml"
-    program = "from mobilellm_pro.data import corpus_parts; corpus_parts.PART_BYTES = 1\n"
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from mobilellm_pro.data import corpus_parts; corpus_parts.PART_BYTES = 1\n"
     program += (
         f"from mobilellm_pro.__main__ import main; raise SystemExit(main(['prepare', {str(toml)!r}, '--workers', '2']))"
     )
