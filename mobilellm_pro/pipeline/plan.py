@@ -9,7 +9,7 @@ tests compare with real steps. Times are those under stated assumptions (`step_t
 data, no weights: of the teacher only config.json is read.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,13 @@ from mobilellm_pro.model.registry import configured_args
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import FLAVORS, TeacherArgs
 from mobilellm_pro.model.teacher_layout import degree_problems
-from mobilellm_pro.pipeline.peak_memory import RankMemory, StudentStep, rank_memory
+from mobilellm_pro.pipeline.peak_memory import StudentStep, rank_memory
 from mobilellm_pro.pipeline.plan_report import report
+from mobilellm_pro.pipeline.rank_plan import Assumptions, RankPlan
 from mobilellm_pro.pipeline.step_memory import TeacherStep
 from mobilellm_pro.pipeline.step_shape import BYTES, StepShape, step_shape
-from mobilellm_pro.pipeline.step_time import HARDWARE, Hardware, Links, StepTime, step_time
-from mobilellm_pro.pipeline.step_work import Transfer, loss_flops, student_flops, teacher_flops, transfers
+from mobilellm_pro.pipeline.step_time import HARDWARE, Hardware, Links, step_time
+from mobilellm_pro.pipeline.step_work import loss_flops, student_flops, teacher_flops, transfers
 from mobilellm_pro.training.fake_ranks import fake_ranks, frozen_teacher_layout, student_shards, teacher_shards
 from mobilellm_pro.training.run_folder import write_atomically
 
@@ -34,43 +35,6 @@ LOGIT_PASSES = 5
 
 OPTIMIZER_PASSES = 7
 """Parameter, gradient and two moments are read, all but the gradient written."""
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a plan takes as given."""
-
-    utilisation: float
-    """Share of the card's bf16 peak at which all products run, recomputed ones included."""
-
-    links: Links
-    allowance_bytes: float
-    """CUDA context, NCCL's buffers, the allocator's fragmentation: of the card, not of the plan."""
-
-    document_tokens: int | None
-    tokens: int | None
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """One number of ranks."""
-
-    shape: StepShape
-    student_parameters: int
-    teacher_parameters: int
-    teacher_degrees: dict[str, int]
-    memory: RankMemory
-    flops: dict[str, float]
-    """Of a step on all ranks, by what computes them."""
-
-    busiest_flops: dict[str, float]
-    """The same for the busiest rank, of "student", "teacher" and "loss"."""
-
-    transfers: list[Transfer]
-    times: dict[str, StepTime]
-    """By key of `HARDWARE`."""
-
-    steps: int
 
 
 def plan(

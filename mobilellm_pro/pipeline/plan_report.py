@@ -1,13 +1,10 @@
 """A plan as text: Markdown tables with a column for each number of ranks, and the assumptions under them."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from mobilellm_pro.config import JobConfig
+from mobilellm_pro.pipeline.rank_plan import Assumptions, RankPlan
 from mobilellm_pro.pipeline.step_time import Hardware
-
-if TYPE_CHECKING:
-    from mobilellm_pro.pipeline.plan import Assumptions, RankPlan
 
 SECONDS_OF_A_DAY = 86_400
 
@@ -15,7 +12,7 @@ Row = tuple[str, list[str]]
 
 
 def report(
-    config: JobConfig, config_path: str, plans: "list[RankPlan]", given: "Assumptions", cards: dict[str, Hardware]
+    config: JobConfig, config_path: str, plans: list[RankPlan], given: Assumptions, cards: dict[str, Hardware]
 ) -> str:
     """Everything that the `plan` verb prints."""
     sections = [
@@ -31,7 +28,7 @@ def report(
     return "\n".join([*lines, *_assumption_lines(config, given, cards)])
 
 
-def _table(plans: "list[RankPlan]", rows: Iterable[Row]) -> list[str]:
+def _table(plans: list[RankPlan], rows: Iterable[Row]) -> list[str]:
     header = ("", [f"{one.shape.world_size:,} rank{'s' * (one.shape.world_size > 1)}" for one in plans])
     cells = [[name, *values] for name, values in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -43,11 +40,11 @@ def _table(plans: "list[RankPlan]", rows: Iterable[Row]) -> list[str]:
     return [padded[0], rule, *padded[1:]]
 
 
-def _row(name: str, plans: "list[RankPlan]", value: "Callable[[RankPlan], str]") -> Row:
+def _row(name: str, plans: list[RankPlan], value: "Callable[[RankPlan], str]") -> Row:
     return name, [value(one) for one in plans]
 
 
-def _step_rows(config: JobConfig, plans: "list[RankPlan]") -> list[Row]:
+def _step_rows(config: JobConfig, plans: list[RankPlan]) -> list[Row]:
     rows = [
         _row("student: parameters", plans, lambda p: f"{p.student_parameters:,}"),
         _row("student: replicas x shards x context x tensor", plans, _student_degrees),
@@ -68,12 +65,12 @@ def _step_rows(config: JobConfig, plans: "list[RankPlan]") -> list[Row]:
     ]
 
 
-def _student_degrees(one: "RankPlan") -> str:
+def _student_degrees(one: RankPlan) -> str:
     shape = one.shape
     return f"{shape.replicate} x {shape.shard // shape.context} x {shape.context} x {shape.tensor}"
 
 
-def _memory_rows(plans: "list[RankPlan]", given: "Assumptions", cards: dict[str, Hardware]) -> list[Row]:
+def _memory_rows(plans: list[RankPlan], given: Assumptions, cards: dict[str, Hardware]) -> list[Row]:
     first = plans[0].memory
     used = plans[0].shape.checkpointing
     rows = [_row(name, plans, lambda p, name=name: _gb(p.memory.held[name])) for name in first.held]  # type: ignore[misc]
@@ -93,12 +90,12 @@ def _memory_rows(plans: "list[RankPlan]", given: "Assumptions", cards: dict[str,
     return rows
 
 
-def _fits(peak: int, card: Hardware, given: "Assumptions") -> str:
+def _fits(peak: int, card: Hardware, given: Assumptions) -> str:
     left = card.memory_bytes - given.allowance_bytes - peak
     return f"yes, {_gb(left)} left" if left >= 0 else f"NO, {_gb(-left)} too much"
 
 
-def _flop_rows(plans: "list[RankPlan]") -> list[Row]:
+def _flop_rows(plans: list[RankPlan]) -> list[Row]:
     rows = [
         _row(name, plans, lambda p, name=name: f"{p.flops[name] / 1e15:.3g}")  # type: ignore[misc]
         for name in plans[0].flops
@@ -111,20 +108,20 @@ def _flop_rows(plans: "list[RankPlan]") -> list[Row]:
     return rows
 
 
-def _busiest(one: "RankPlan") -> float:
+def _busiest(one: RankPlan) -> float:
     return sum(one.busiest_flops.values()) * one.shape.world_size / sum(one.flops.values())
 
 
-def _transfer_rows(plans: "list[RankPlan]") -> list[Row]:
+def _transfer_rows(plans: list[RankPlan]) -> list[Row]:
     kinds = dict.fromkeys(transfer.kind for one in plans for transfer in one.transfers)
 
-    def moved(one: "RankPlan", kind: str) -> str:
+    def moved(one: RankPlan, kind: str) -> str:
         return _gb(sum(transfer.num_bytes for transfer in one.transfers if transfer.kind == kind))
 
     return [_row(kind, plans, lambda p, kind=kind: moved(p, kind)) for kind in kinds]  # type: ignore[misc]
 
 
-def _time_rows(plans: "list[RankPlan]", key: str, given: "Assumptions") -> list[Row]:
+def _time_rows(plans: list[RankPlan], key: str, given: Assumptions) -> list[Row]:
     first = plans[0].times[key]
     rows = [
         _row(f"{name}: products, s", plans, lambda p, name=name: f"{p.times[key].products[name]:.3f}")  # type: ignore[misc]
@@ -141,7 +138,7 @@ def _time_rows(plans: "list[RankPlan]", key: str, given: "Assumptions") -> list[
     rows.append(_row("tokens/s of a rank", plans, lambda p: f"{_speed(p, key) / p.shape.world_size:,.0f}"))
     tokens = "the phase" if given.tokens is None else f"{_count(given.tokens)} tokens"
 
-    def days(one: "RankPlan") -> float:
+    def days(one: RankPlan) -> float:
         wanted = one.shape.step_tokens * one.steps if given.tokens is None else given.tokens
         return wanted / _speed(one, key) / SECONDS_OF_A_DAY
 
@@ -149,11 +146,11 @@ def _time_rows(plans: "list[RankPlan]", key: str, given: "Assumptions") -> list[
     return rows
 
 
-def _speed(one: "RankPlan", key: str) -> float:
+def _speed(one: RankPlan, key: str) -> float:
     return one.shape.step_tokens / one.times[key].total
 
 
-def _assumption_lines(config: JobConfig, given: "Assumptions", cards: dict[str, Hardware]) -> list[str]:
+def _assumption_lines(config: JobConfig, given: Assumptions, cards: dict[str, Hardware]) -> list[str]:
     links = given.links
     peaks = "; ".join(
         f"{card.name} {card.peak_flops / 1e12:g} TFLOP/s in bf16, {card.memory_bandwidth / 1e12:g} TB/s"
