@@ -1,16 +1,15 @@
 """The folder of a hidden-state cache: can it be written, and whose hidden states are in it.
 
-cache.json names the teacher and the number format. It is linked into place by one of the processes that write at once:
-unlike a rename, a hard link never replaces what another process wrote.
+cache.json names the teacher and the number format. The first of the processes that write at once makes it.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from mobilellm_pro.data.claimed_file import write_if_absent
 from mobilellm_pro.data.hidden_state_files import (
     TEMPORARY,
     VERSION,
@@ -36,7 +35,7 @@ def folder_problem(folder: Path, names: Iterable[str]) -> str:
             if (folder / CACHE_FILE).exists():  # other files are only renamed into place
                 probe.touch(exist_ok=False)
             else:
-                _link_new(probe, "")
+                write_if_absent(probe, "", TEMPORARY)
             probe.unlink()
         except OSError as error:
             return _cannot_write(folder, parent, error)
@@ -54,7 +53,7 @@ def claim_cache(folder: Path, key: CacheKey, teacher_path: str) -> None:
         content = {"version": VERSION, "teacher_path": teacher_path, **asdict(key)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _link_new(path, json.dumps(content, indent=2) + "\n")
+            write_if_absent(path, json.dumps(content, indent=2) + "\n", TEMPORARY)
         except OSError as error:
             raise ValueError(_cannot_write(folder, folder, error)) from None
     check_cache(folder, key, teacher_path)
@@ -86,21 +85,6 @@ def check_cache(folder: Path, key: CacheKey, teacher_path: str) -> None:
             f"{path}: hidden states of another kind, written with the teacher {path_then}; the job's is "
             f"{teacher_path}: {differences(found, key)}: correct [teacher] or choose another teacher.cache_path"
         )
-
-
-def _link_new(path: Path, text: str) -> None:
-    """Writes a file, complete under its name from the first moment, or leaves the one that is there."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cannot_write(folder: Path, where: Path, error: OSError) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mobilellm_pro.data.claimed_file import write_if_absent
 from mobilellm_pro.evaluation.needle_grid import Cell, CellResult, Grid
 
 SETTINGS, RESULT, PICTURE = "settings.json", "needle.json", "needle.png"
@@ -30,13 +31,7 @@ def agree_on_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     own = json.loads(json.dumps(settings))
-    temporary = _written_beside(path, own)
-    try:
-        os.link(temporary, path)  # unlike a rename it never replaces what another rank wrote
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+    write_if_absent(path, json.dumps(own, indent=2) + "\n")
     found = json.loads(path.read_text())
     different = [key for key in {**found, **own} if found.get(key) != own.get(key)]
     if different:
@@ -73,8 +68,10 @@ def read_cells(folder: Path, cells: Sequence[Cell]) -> dict[int, CellResult]:
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Writes needle.json by rename."""
-    _written_beside(folder / RESULT, result).replace(folder / RESULT)
+    """Writes needle.json by rename; two ranks that finish at once write the same."""
+    temporary = folder / f"{RESULT}.tmp{os.getpid()}"
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(folder / RESULT)
 
 
 def summary(grid: Grid, results: Sequence[CellResult]) -> dict[str, Any]:
@@ -120,10 +117,3 @@ def table(scores: Mapping[str, Any]) -> str:
 def _record(result: CellResult) -> dict[str, Any]:
     cell = asdict(result.cell)
     return {"cell": cell.pop("index"), **cell, **{k: v for k, v in result._asdict().items() if k != "cell"}}
-
-
-def _written_beside(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes JSON under a name that no other process uses."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return temporary

@@ -28,6 +28,7 @@ from mobilellm_pro.pipeline.step_shape import BYTES, StepShape, step_shape
 from mobilellm_pro.pipeline.step_time import HARDWARE, Hardware, Links, step_time
 from mobilellm_pro.pipeline.step_work import loss_flops, student_flops, teacher_flops, transfers
 from mobilellm_pro.training.fake_ranks import fake_ranks, frozen_teacher_layout, student_shards, teacher_shards
+from mobilellm_pro.training.preflight import student_degree_problems, vocabulary_problems
 from mobilellm_pro.training.run_folder import write_atomically
 
 LOGIT_PASSES = 5
@@ -89,7 +90,7 @@ def plan(
     args = None if config.distill.objective == "ce" else _teacher_architecture(config, teacher)
     problems = [str(problem) for size in sizes for problem in check_world_size(config, size)]
     source = "Llama 4 Scout" if teacher == "scout" else config.teacher.path
-    problems += _degree_problems(config, student_args, args, source)
+    problems += _model_problems(config, student_args, args, source)
     if problems:
         raise JobError(config_path, list(dict.fromkeys(problems)))
     plans = [rank_plan(config, student_args, args, size, given, cards) for size in sizes]
@@ -196,17 +197,11 @@ def _teacher_architecture(config: JobConfig, teacher: str) -> TeacherArgs:
     return teacher_args(read_config(folder), folder)
 
 
-def _degree_problems(config: JobConfig, student: StudentArgs, teacher: TeacherArgs | None, source: str) -> list[str]:
+def _model_problems(config: JobConfig, student: StudentArgs, teacher: TeacherArgs | None, source: str) -> list[str]:
     """Degrees that do not divide what they split, and vocabularies that differ."""
-    if teacher is not None and teacher.vocab_size != student.vocab_size:
-        return [f"the teacher has {teacher.vocab_size:,} ids, the student {student.vocab_size:,}"]
-    degree = config.parallelism.tensor_parallel_degree
-    found = [
-        f"parallelism.tensor_parallel_degree = {degree} does not divide {name} = {getattr(student, name)}"
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-        if getattr(student, name) % degree
-    ]
+    found = list(student_degree_problems(config))
     if teacher is not None:
+        found += vocabulary_problems(teacher, student, source)
         found += degree_problems(teacher, config.teacher.parallelism, config.teacher.dtype, source)
     return found
 

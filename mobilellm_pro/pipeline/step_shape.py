@@ -11,6 +11,7 @@ import numpy as np
 
 from mobilellm_pro.config import JobConfig
 from mobilellm_pro.model.attention import Span
+from mobilellm_pro.training.loader import step_rows
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
@@ -108,7 +109,6 @@ def step_shape(
     data = world_size // (context * tensor)
     shard = data * context // parallelism.data_parallel_replicate_degree
     unit = training.local_batch_size * data
-    batch = unit if training.global_batch_size == -1 else training.global_batch_size
     compute, parameter = BYTES[training.mixed_precision_param], BYTES[training.dtype]
     if shard == 1 and tensor > 1:  # neither FSDP2 nor autocast: products are in the parameters' own type
         compute = parameter
@@ -119,7 +119,7 @@ def step_shape(
         world_size=world_size,
         rows=training.local_batch_size,
         row_tokens=training.seq_len,
-        micro_batches=batch // unit,
+        micro_batches=step_rows(config, data) // unit,
         replicate=parallelism.data_parallel_replicate_degree,
         shard=shard,
         context=context,

@@ -29,7 +29,7 @@ from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.tensor_files import fingerprint
-from mobilellm_pro.training.loader import MixtureLoader, open_mixture
+from mobilellm_pro.training.loader import MixtureLoader, last_step, open_mixture, step_rows
 
 _fingerprint = lru_cache(maxsize=1)(fingerprint)  # preflight and the trainer ask for it
 
@@ -74,13 +74,9 @@ def rows_of_run(config: JobConfig, mixture: Mixture, batch_ranks: int, steps: in
     """
     if mixture.streams[0].corpus.split == "valid":
         return mixture.counts(config.validation.steps * config.validation.local_batch_size * batch_ranks).tolist()
-    training = config.training
-    rows_per_step = training.global_batch_size
-    if rows_per_step < 0:
-        rows_per_step = training.local_batch_size * batch_ranks
-    limit = mixture.rows_until([dataset.max_epochs for dataset in config.data.datasets])
-    last = training.steps if limit is None else min(training.steps, limit[0] // rows_per_step)
-    return mixture.counts((last if steps is None else min(steps, last)) * rows_per_step).tolist()
+    limits, rows = [dataset.max_epochs for dataset in config.data.datasets], step_rows(config, batch_ranks)
+    wanted = config.training.steps if steps is None else min(steps, config.training.steps)
+    return mixture.counts(last_step(mixture, limits, rows, wanted) * rows).tolist()
 
 
 def cache_problems(config: JobConfig, batch_ranks: int) -> Iterator[str]:

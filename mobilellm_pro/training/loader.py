@@ -9,6 +9,7 @@ while the student trains.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -58,26 +59,28 @@ def open_mixture(
     return Mixture(streams, weights, seed=data.seed, renormalize=data.renormalize_weights)
 
 
+def step_rows(config: JobConfig, batch_ranks: int) -> int:
+    """Rows of a global step: those of the file, or one micro-batch of every rank that reads rows of its own."""
+    batch_size = config.training.global_batch_size
+    return config.training.local_batch_size * batch_ranks if batch_size < 0 else batch_size
+
+
+def last_step(mixture: Mixture, max_epochs: Sequence[float | None], rows_per_step: int, steps: int) -> int:
+    """The last of `steps` steps that passes no corpus' `max_epochs`."""
+    limit = mixture.rows_until(max_epochs)
+    return steps if limit is None else min(steps, limit[0] // rows_per_step)
+
+
+@dataclass(eq=False)
 class _Rows(IterableDataset):
     """This rank's micro-batches from micro-batch `first` on; worker w of n makes every n-th of them."""
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        batch_size: int,
-        rank: int,
-        num_ranks: int,
-        first: int,
-        hidden: HiddenStateReader | None,
-    ):
-        self.mixture, self.batch_size, self.rank, self.num_ranks, self.first, self.hidden = (
-            mixture,
-            batch_size,
-            rank,
-            num_ranks,
-            first,
-            hidden,
-        )
+    mixture: Mixture
+    batch_size: int
+    rank: int
+    num_ranks: int
+    first: int
+    hidden: HiddenStateReader | None
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
@@ -162,10 +165,7 @@ class MixtureLoader(BaseDataLoader):
 
     def last_step(self, steps: int) -> int:
         """The last of `steps` steps that passes no corpus' `max_epochs`."""
-        limit = self.mixture.rows_until(self._max_epochs)
-        if limit is None:
-            return steps
-        return min(steps, limit[0] // self._rows_per_step)
+        return last_step(self.mixture, self._max_epochs, self._rows_per_step, steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Index of the first sequence that no step has consumed, of what mixture, and rows of a global step."""

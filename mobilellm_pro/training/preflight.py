@@ -21,17 +21,17 @@ from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoin
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.registry import configured_args, model_on_meta
 from mobilellm_pro.model.student import StudentArgs
-from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.model.teacher import Teacher, TeacherArgs
 from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.model.tensor_files import tensor_problems
 from mobilellm_pro.training.hidden_state_cache import cache_problems
-from mobilellm_pro.training.loader import open_mixture
+from mobilellm_pro.training.loader import open_mixture, step_rows
 
 
 def problems(config: JobConfig, world_size: int) -> list[str]:
     """All problems of a configuration on `world_size` ranks, each with what was expected and the cure."""
     found = [str(problem) for problem in (*check_world_size(config, world_size), *check_machine(config, device_type))]
-    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _teacher_layout, _cache, _checkpoints):
+    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _cache, _checkpoints):
         found += _collect(check, config, world_size)
     return found
 
@@ -59,6 +59,11 @@ def _known_model(config: JobConfig) -> Any:
 
 
 def _tensor_parallel(config: JobConfig, world_size: int) -> Iterator[str]:
+    yield from student_degree_problems(config)
+
+
+def student_degree_problems(config: JobConfig) -> Iterator[str]:
+    """What of the configured model the tensor-parallel degree does not divide."""
     degree = config.parallelism.tensor_parallel_degree
     args = _known_model(config)
     if degree == 1 or args is None:
@@ -117,10 +122,7 @@ def _datasets(config: JobConfig, world_size: int) -> Iterator[str]:
 
 def _max_epochs(config: JobConfig, mixture: Mixture, world_size: int) -> Iterator[str]:
     limit = mixture.rows_until([dataset.max_epochs for dataset in config.data.datasets])
-    training = config.training
-    rows_per_step = training.global_batch_size
-    if rows_per_step < 0:
-        rows_per_step = training.local_batch_size * _batch_ranks(config, world_size)
+    training, rows_per_step = config.training, step_rows(config, _batch_ranks(config, world_size))
     if limit is None or limit[0] >= training.steps * rows_per_step:
         return
     step = limit[0] // rows_per_step
@@ -135,30 +137,26 @@ def _teacher(config: JobConfig, world_size: int) -> Iterator[str]:
     if config.distill.objective == "ce" or not config.teacher.path:
         return
     folder = config.teacher.path
-    args = teacher_args(read_config(folder), folder)
+    args, student = teacher_args(read_config(folder), folder), _known_model(config)
+    if student is not None:
+        yield from vocabulary_problems(args, student, folder)
+    yield from degree_problems(args, config.teacher.parallelism, config.teacher.dtype, folder)
     with torch.device("meta"):
         yield from tensor_problems(Teacher(args), folder)
-    student = _known_model(config)
-    if student is not None and args.vocab_size != student.vocab_size:
+
+
+def vocabulary_problems(teacher: TeacherArgs, student: StudentArgs, source: str) -> Iterator[str]:
+    """Whether both models have equally many ids; `source` says where the teacher is from."""
+    if teacher.vocab_size != student.vocab_size:
         yield (
-            f"{folder}: the teacher's vocabulary has {args.vocab_size:,} ids, the student's {student.vocab_size:,}; "
-            "distillation over the full vocabulary needs the same tokenizer"
+            f"{source}: the teacher's vocabulary has {teacher.vocab_size:,} ids, the student's "
+            f"{student.vocab_size:,}; distillation over the full vocabulary needs the same tokenizer"
         )
 
 
 def _cache(config: JobConfig, world_size: int) -> Iterator[str]:
     if config.distill.objective != "ce" and config.teacher.path:
         yield from cache_problems(config, _batch_ranks(config, world_size))
-
-
-def _teacher_layout(config: JobConfig, world_size: int) -> Iterator[str]:
-    if config.distill.objective == "ce" or not config.teacher.path:
-        return
-    try:
-        args = teacher_args(read_config(config.teacher.path), config.teacher.path)
-    except (ValueError, OSError):
-        return  # reported by _teacher
-    yield from degree_problems(args, config.teacher.parallelism, config.teacher.dtype, config.teacher.path)
 
 
 def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ A run happens in forked ranks (`tests.ranks`), through the same `train` function
 """
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,3 +108,13 @@ def write_teacher(teacher: Teacher, folder: Path) -> None:
 def losses(folder: Path, key: str = "loss") -> list[float]:
     """One number a step, in order."""
     return [record[key] for record in read_metrics(folder, "train")]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Returns when a run has logged a step; AssertionError after a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").is_file() and len(read_metrics(folder, "train")) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} within a minute")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from mobilellm_pro.model.checkpoint import latest_checkpoint, load_model
 from mobilellm_pro.training.run_folder import read_metrics
 from tests.ranks import Ranks
-from tests.training.small_world import SmallWorld, losses, train_job
+from tests.training.small_world import SmallWorld, losses, train_job, wait_for_step
 
 STEPS = 8
 CHECKPOINTS = ("--training.steps", str(STEPS), "--checkpoint.enable", "--checkpoint.interval", "2",
@@ -33,15 +32,6 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     expected = weights(undisturbed)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
     assert (folder / "DONE").is_file()
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").is_file() and len(read_metrics(folder, "train")) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} within a minute")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)

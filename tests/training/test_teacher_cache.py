@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from mobilellm_pro.training.loader import MixtureLoader, open_mixture
 from mobilellm_pro.training.preflight import problems
 from mobilellm_pro.training.run_folder import read_metrics
 from tests.ranks import Ranks, run_ranks
-from tests.training.small_world import SmallWorld, losses, train_job
+from tests.training.small_world import SmallWorld, losses, train_job, wait_for_step
 
 VALIDATION = ("--validation.enable", "--validation.seq_len", "32", "--validation.freq", "2", "--validation.steps", "2")
 BF16 = ("--teacher.dtype", "bfloat16", "--training.mixed_precision_param", "bfloat16")
@@ -155,15 +154,6 @@ def test_a_cache_of_a_teacher_in_float8(world: SmallWorld, written: Path) -> Non
     assert numbers(read(world, "quantized", 1, *float8)) == numbers(live)
     assert losses(live, "distill/kl") != losses(written, "distill/kl")
     assert "quantization is 'float8' there and 'none' here" in problem(world, "read", "quantized")
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").is_file() and len(read_metrics(folder, "train")) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} within a minute")
 
 
 SAVING = ("--training.steps", "7", "--checkpoint.enable", "--checkpoint.interval", "2", "--checkpoint.keep_latest_k",
