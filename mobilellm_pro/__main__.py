@@ -34,11 +34,13 @@ VERBS: dict[str, str] = {
     "show": "mobilellm_pro.__main__:show",
     "validate": "mobilellm_pro.__main__:validate",
     "plan": "mobilellm_pro.pipeline.plan:plan",
-    "train": "mobilellm_pro.training.run:train",
+    "train": "mobilellm_pro.pipeline.train_job:train",
     "convert": "mobilellm_pro.convert.conversion:convert",
     "generate": "mobilellm_pro.evaluation.generate:generate",
     "needle": "mobilellm_pro.evaluation.needle:needle",
+    "held-out": "mobilellm_pro.evaluation.held_out:held_out",
     "compare": "mobilellm_pro.pipeline.compare:compare",
+    "ablate": "mobilellm_pro.pipeline.ablation:ablate",
 }
 """Verb to `module:function`."""
 
@@ -73,10 +75,11 @@ def validate(config: "JobConfig", config_path: str, *, world_size: int | None = 
         JobError: with all problems.
     """
     from mobilellm_pro.config import JobError, smallest_world_size
+    from mobilellm_pro.pipeline.train_job import online_evaluations
     from mobilellm_pro.training.preflight import problems
 
     processes = smallest_world_size(config) if world_size is None else world_size
-    found = list(dict.fromkeys(map(str, problems(config, processes))))
+    found = list(dict.fromkeys(map(str, problems(config, processes, online_evaluations(config)))))
     if found:
         raise JobError(config_path, found)
     print(f"ok: {config_path} with {processes} process{'es' if processes != 1 else ''}")

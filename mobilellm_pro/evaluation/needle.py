@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m mobilellm_pro needle outputs/mobilellm_pro_1b/2_context
 
 The prompt is in `needle_prompt`, the grid in `needle_grid`, the files of the output folder in `needle_results`.
-`needle_score` is the same test without files, for a model in memory.
+`needle_score` is the same test without files, for a model in memory; `needle_online` runs it while a model trains.
 """
 
 import hashlib
@@ -12,16 +12,26 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from mobilellm_pro.data.tokenizer import Tokenizer
-from mobilellm_pro.evaluation.needle_grid import Cell, CellResult, Grid, batches, cell_prompt, cells_of_rank
+from mobilellm_pro.evaluation.needle_grid import (
+    Cell,
+    CellResult,
+    Grid,
+    batches,
+    cell_prompt,
+    cells_of_rank,
+    check_prompts,
+)
 from mobilellm_pro.evaluation.needle_haystack import CorpusText, Filler, Haystack
 from mobilellm_pro.evaluation.needle_plot import plot_heat_map
 from mobilellm_pro.evaluation.needle_prompt import TEMPLATE_VERSION, answer_matches
@@ -99,9 +109,7 @@ def needle(
     student = _student(loaded, checkpoint, grid, allow_longer)
     text = _tokenizer(tokenizer or loaded.tokenizer, student, checkpoint)
     source: Haystack = Filler() if haystack is None else CorpusText(haystack, text)
-    cells = sorted(grid.cells(), key=lambda cell: cell.length)
-    for cell in (cells[0], cells[-1]):
-        cell_prompt(cell, grid, source, text)  # too short a length or corpus is an error now, not in hours
+    check_prompts(grid, source, text)  # an error now, not in hours
     folder = Path(output or f"outputs/needle/{_name(checkpoint)}")
     settings = {
         **asdict(grid), "haystack": source.identity, "template": TEMPLATE_VERSION, "tokenizer": text.fingerprint,
@@ -123,9 +131,10 @@ def needle_score(
     prefill_tokens: int = 2048,
     cache_dtype: CacheDtype = "model",
 ) -> dict[str, Any]:
-    """Runs a grid on a model in memory, as a training run does at an interval with a small grid.
+    """Runs a grid on a model in memory.
 
-    Every rank that calls it runs all cells, on its own and without messages to others.
+    Where a process group exists, all its ranks must call it, each with the whole model: they share the cells, run them
+    without messages, and exchange what they found once, at the end.
 
     Args:
         model: whole on this device; its mode (`train`, `eval`) stays as it is, no gradients are made.
@@ -149,8 +158,14 @@ def needle_score(
         raise ValueError(
             f"needle_score: {len(sharded)} parameters are sharded ({sharded[0]}, ...); gather the model first"
         )
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = cells_of_rank(grid.cells(), rank, world_size)
     generate = greedy(model, tokenizer, prefill_tokens, cache_dtype)
-    return summary(grid, list(run_cells(generate, tokenizer, grid, grid.cells(), haystack or Filler(), batch)))
+    results = [list(run_cells(generate, tokenizer, grid, own, haystack or Filler(), batch))]
+    if world_size > 1:
+        results *= world_size
+        dist.all_gather_object(results, results[rank])
+    return summary(grid, list(chain.from_iterable(results)))
 
 
 def run_cells(

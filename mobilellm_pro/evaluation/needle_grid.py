@@ -113,6 +113,17 @@ def cell_prompt(cell: Cell, grid: Grid, haystack: Haystack, tokenizer: Tokenizer
             return CellPrompt(cell, tokenizer.encode_array(prompt, bos=True), value)
 
 
+def check_prompts(grid: Grid, haystack: Haystack, tokenizer: Tokenizer) -> None:
+    """Makes a prompt of the shortest and one of the longest cells.
+
+    Raises:
+        ValueError: a length does not hold the question, or the haystack ends before a prompt is full.
+    """
+    cells = sorted(grid.cells(), key=lambda cell: cell.length)
+    for cell in (cells[0], cells[-1]):
+        cell_prompt(cell, grid, haystack, tokenizer)
+
+
 def _text(
     cell: Cell, needle: Needle, source: Iterator[str], taken: list[str], separator: str, num_sentences: int
 ) -> tuple[str, str]:

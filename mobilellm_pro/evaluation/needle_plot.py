@@ -1,7 +1,10 @@
-"""The heat map of a needle test: lengths to the right, depths downwards, green where all needles were found."""
+"""Heat maps of needle tests: green where all needles were found.
+
+Of one test: lengths to the right, depths downwards. Of several models: lengths to the right, a row a model.
+"""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +17,42 @@ def found_shares(scores: Mapping[str, Any]) -> np.ndarray:
 
 
 def plot_heat_map(scores: Mapping[str, Any], title: str, path: Path) -> None:
-    """Writes the PNG."""
+    """Writes the PNG of one test."""
+    said = f"{title}: {scores['correct']}/{scores['total']} = {scores['score']:.2f} %"
+    depths = [f"{depth:g}" for depth in scores["depths"]]
+    draw_shares(found_shares(scores), scores["lengths"], depths, path, rows="depth of the needle (%)", title=said)
+
+
+def plot_models(by_length: Mapping[str, Sequence[float]], lengths: Sequence[int], title: str, path: Path) -> None:
+    """Writes the PNG of the same test of several models.
+
+    Args:
+        by_length: name -> percent of the needles found at each length.
+        lengths: tokens of prompt and answer.
+        title: of the picture.
+        path: of the file.
+    """
+    draw_shares(np.array(list(by_length.values())), lengths, list(by_length), path, title=title)
+
+
+def draw_shares(
+    shares: np.ndarray, lengths: Sequence[int], names: Sequence[str], path: Path, *, title: str, rows: str = ""
+) -> None:
+    """Draws percents [rows, lengths] with a name at each row; the file appears by rename."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shares = found_shares(scores)
-    num_depths, num_lengths = shares.shape
-    figure, axes = pyplot.subplots(figsize=(3 + 0.7 * num_lengths, 2 + 0.4 * num_depths), layout="constrained")
+    num_rows, num_lengths = shares.shape
+    figure, axes = pyplot.subplots(figsize=(3 + 0.7 * num_lengths, 2 + 0.4 * num_rows), layout="constrained")
     image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(num_lengths), [f"{length:,}" for length in scores["lengths"]], rotation=45, ha="right")
-    axes.set_yticks(range(num_depths), [f"{depth:g}" for depth in scores["depths"]])
-    for depth, length in np.ndindex(shares.shape):
-        axes.text(length, depth, f"{shares[depth, length]:.0f}", ha="center", va="center", fontsize=8)
-    axes.set(xlabel="tokens of prompt and answer", ylabel="depth of the needle (%)")
-    axes.set_title(f"{title}: {scores['correct']}/{scores['total']} = {scores['score']:.2f} %")
+    axes.set_xticks(range(num_lengths), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+    axes.set_yticks(range(num_rows), list(names))
+    for row, length in np.ndindex(shares.shape):
+        axes.text(length, row, f"{shares[row, length]:.0f}", ha="center", va="center", fontsize=8)
+    axes.set(xlabel="tokens of prompt and answer", ylabel=rows)
+    axes.set_title(title)
     figure.colorbar(image, label="needles found (%)")
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}.png")
     figure.savefig(temporary, dpi=120)

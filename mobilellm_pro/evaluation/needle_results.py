@@ -67,11 +67,11 @@ def read_cells(folder: Path, cells: Sequence[Cell]) -> dict[int, CellResult]:
     return results
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Writes needle.json by rename; two ranks that finish at once write the same."""
-    temporary = folder / f"{RESULT}.tmp{os.getpid()}"
+def write_result(folder: Path, result: Mapping[str, Any], name: str = RESULT) -> None:
+    """Writes needle.json (or `name`) by rename; two ranks that finish at once write the same."""
+    temporary = folder / f"{name}.tmp{os.getpid()}"
     temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(folder / RESULT)
+    temporary.replace(folder / name)
 
 
 def summary(grid: Grid, results: Sequence[CellResult]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ costs no synchronisation.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,15 @@ class DistillMetrics(MetricsProcessor):
         logger.info(f"validate step: {step:2}  " + "  ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
         if dist.get_rank() == 0:
             append_metrics(self._folder, {"kind": "validation", "step": step, **metrics})
+
+    def log_evaluation(self, name: str, step: int, scores: Mapping[str, float], seconds: float) -> None:
+        """Numbers of an evaluation, the same on every rank; their time does not count as training's."""
+        self.time_last_log += seconds
+        self.logger.log({f"{name}/{key}": value for key, value in scores.items()}, step)
+        said = "  ".join(f"{key}: {value:.2f}" for key, value in scores.items())
+        logger.info(f"{name} step: {step:2}  {said}  ({seconds:.1f} s)")
+        if dist.get_rank() == 0:
+            append_metrics(self._folder, {"kind": name, "step": step, **scores})
 
     def _tokens_per_second(self) -> float:
         """Of the whole job, since the last log."""

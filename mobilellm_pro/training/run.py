@@ -1,8 +1,7 @@
-"""The `train` verb: checks, run folder, torchtitan's loop, DONE.
+"""A run from beginning to end: checks, run folder, torchtitan's loop, DONE.
 
-    torchrun --nproc_per_node=8 -m mobilellm_pro train train_configs/mobilellm_pro_1b/1_language.toml
-
-Without torchrun the same command trains in one process. Started again, it goes on from the newest complete checkpoint.
+Started again, it goes on from the newest complete checkpoint. The `train` verb is this with the evaluations that the
+configuration asks for (`mobilellm_pro.pipeline.train_job`).
 """
 
 import json
@@ -11,25 +10,29 @@ import shutil
 import socket
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
-from mobilellm_pro.config import JobError, resolved_toml
+from mobilellm_pro.config import JobError, load, resolved_toml
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.training.distill_trainer import DistillTrainer
+from mobilellm_pro.training.online_evaluation import OnlineEvaluation
 from mobilellm_pro.training.preflight import problems
 from mobilellm_pro.training.run_folder import describe_data, describe_environment, read_metrics, write_atomically
 from mobilellm_pro.training.train_spec import register
 
 
-def train(config: JobConfig, config_path: str) -> None:
-    """Train the configured model: a student from its teacher (kl), from labels (ce), or a teacher (model llama4_text).
+def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvaluation] = ()) -> None:
+    """Trains the configured model; a run that is DONE is left alone.
 
-    Writes checkpoints, TensorBoard events, metrics.jsonl, the resolved configuration and, last, DONE to
-    `job.dump_folder`. A run that is DONE is left alone.
+    Args:
+        config: a loaded configuration.
+        config_path: where it is from, for messages.
+        evaluations: to run while it trains.
 
     Raises:
         JobError: listing everything that is wrong with the configuration, the data or the teacher.
@@ -38,10 +41,10 @@ def train(config: JobConfig, config_path: str) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     folder = Path(config.job.dump_folder)
     init_logger()
-    if _finished(folder, config):
+    if is_finished(config):
         logger.info(f"{folder} is DONE; raise training.steps to go on with it")
         return
-    found = problems(config, world_size)
+    found = problems(config, world_size, evaluations)
     if found:
         raise JobError(config_path, found)
     if os.environ["RANK"] == "0":
@@ -52,7 +55,7 @@ def train(config: JobConfig, config_path: str) -> None:
         write_atomically(folder / "environment.json", json.dumps(describe_environment(world_size), indent=2))
     register()
     start = time.monotonic()
-    trainer = DistillTrainer(config)
+    trainer = DistillTrainer(config, evaluations)
     if dist.get_rank() == 0:
         write_atomically(folder / "data.json", json.dumps(describe_data(config, trainer.dataloader.mixture), indent=2))
     try:
@@ -60,7 +63,8 @@ def train(config: JobConfig, config_path: str) -> None:
     finally:
         trainer.close()
     if dist.get_rank() == 0:
-        _write_done(folder, config, trainer.step, time.monotonic() - start)
+        kinds = ["validation"] * config.validation.enable + [evaluation.name for evaluation in evaluations]
+        _write_done(folder, config, trainer.step, time.monotonic() - start, kinds)
     dist.destroy_process_group()
 
 
@@ -75,16 +79,18 @@ def _default_environment() -> None:
     os.environ.update(defaults)
 
 
-def _finished(folder: Path, config: JobConfig) -> bool:
-    """Whether this very job has been run: same configuration, as many steps.
+def is_finished(config: JobConfig) -> bool:
+    """Whether this very job has been run in its folder: same configuration, as many steps.
 
     Raises:
         JobError: the folder holds a finished run of another configuration; the keys that differ are named.
     """
+    folder = Path(config.job.dump_folder)
     done = folder / "DONE"
     if not done.is_file() or json.loads(done.read_text())["configured_steps"] < config.training.steps:
         return False
-    before, now = (tomllib.loads(text) for text in ((folder / "config.toml").read_text(), resolved_toml(config)))
+    earlier = load(folder / "config.toml")  # a key that has come since then has its default there
+    before, now = (tomllib.loads(resolved_toml(job)) for job in (earlier, config))
     changed = [
         f"{section}.{key}"
         for section in sorted(before.keys() | now.keys())
@@ -112,14 +118,15 @@ def _remove_torn_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _write_done(folder: Path, config: JobConfig, step: int, seconds: float) -> None:
-    validations = read_metrics(folder, "validation") if config.validation.enable else []
+def _write_done(folder: Path, config: JobConfig, step: int, seconds: float, kinds: Sequence[str]) -> None:
+    last = {kind: read_metrics(folder, kind)[-1:] for kind in kinds}
     checkpoint = latest_checkpoint(folder / config.checkpoint.folder) if config.checkpoint.enable else None
     record = {
         "steps": step,
         "configured_steps": config.training.steps,  # more than `steps` where data.on_max_epochs stopped the run
         "wall_seconds_of_last_start": round(seconds, 1),
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "validation": validations[-1] if validations else None,
+        "validation": None,
+        **{kind: records[0] for kind, records in last.items() if records},
     }
     write_atomically(folder / "DONE", json.dumps(record, indent=2))

@@ -3,8 +3,9 @@
 config.toml      the resolved configuration of the latest start
 environment.json package versions, commit, hardware, world size, command line
 data.json        what the rows are drawn from: corpora, weights, checksums
-metrics.jsonl    one line a logged step or validation; after a resume, later lines of a step replace earlier ones
-DONE             written last: steps, wall seconds, checkpoint and the last validation
+metrics.jsonl    one line a logged step, validation or evaluation; after a resume, later ones of a step replace earlier
+needle/          step-N.json: every cell of the needle test after step N, where [needle] asks for it
+DONE             written last: steps, wall seconds, checkpoint, the last validation and the last of each evaluation
 """
 
 import importlib.metadata
@@ -101,7 +102,9 @@ def append_metrics(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: str | Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind ("train" or "validation") in order of step; a step that was run twice counts once.
+    """Records of one kind in order of step; a step that was run twice counts once.
+
+    Kinds are "train", "validation" and the names of the evaluations that ran, as "needle".
 
     A line that a kill cut short is skipped: the resumed run has logged that step again.
     """

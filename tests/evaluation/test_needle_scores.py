@@ -12,7 +12,7 @@ from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle import run_cells
 from mobilellm_pro.evaluation.needle_grid import Grid
 from mobilellm_pro.evaluation.needle_haystack import Filler
-from mobilellm_pro.evaluation.needle_plot import found_shares, plot_heat_map
+from mobilellm_pro.evaluation.needle_plot import found_shares, plot_heat_map, plot_models
 from mobilellm_pro.evaluation.needle_results import summary, table
 from tests.data.synthetic import DEBUG_TOKENIZER
 
@@ -64,3 +64,19 @@ def test_the_heat_map_shows_the_cells(tmp_path: Path, monkeypatch: pytest.Monkey
     header = (tmp_path / "needle.png").read_bytes()[:24]
     assert header.startswith(b"\x89PNG") and min(struct.unpack(">II", header[16:])) > 300
     assert [path.name for path in tmp_path.iterdir()] == ["needle.png"]
+
+
+def test_several_models_in_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    shown, names = [], []
+    show, ticks = Axes.imshow, Axes.set_yticks
+    monkeypatch.setattr(Axes, "imshow", lambda axes, array, **more: shown.append(array) or show(axes, array, **more))
+    monkeypatch.setattr(
+        Axes,
+        "set_yticks",
+        lambda axes, at, text=(), **more: names.append(text) or ticks(axes, at, text or None, **more),
+    )
+    plot_models({"one": [100.0, 50.0], "two": [0.0, 25.0]}, [400, 800], "both", tmp_path / "models.png")
+    np.testing.assert_array_equal(shown[0], [[100, 50], [0, 25]])
+    assert ["one", "two"] in names and [path.name for path in tmp_path.iterdir()] == ["models.png"]

@@ -78,7 +78,7 @@ class SmallWorld:
 def train_job(job: str, dump_folder: str, overrides: list[str]) -> None:
     """One rank's part of a run, as the `train` verb does it."""
     from mobilellm_pro.config import load
-    from mobilellm_pro.training.run import train
+    from mobilellm_pro.pipeline.train_job import train
 
     train(load(job, ["--job.dump_folder", dump_folder, *overrides]), job)
 

@@ -1,0 +1,34 @@
+"""What the keys of evaluations during training must be to each other and to the rest."""
+
+from collections.abc import Iterator
+
+from mobilellm_pro.config.config_error import Issue
+from mobilellm_pro.config.job_config import JobConfig
+
+
+def check_validation(config: JobConfig) -> Iterator[Issue]:
+    """How much held-out text is read."""
+    steps = config.validation.steps
+    if config.validation.enable and steps <= 0:
+        keys = ("validation.steps", "validation.enable")
+        yield Issue(keys, f"{steps}", "a positive number: ranks that ran out of text at different steps would hang")
+
+
+def check_needle(config: JobConfig) -> Iterator[Issue]:
+    """The grid of the needle test, and the model that takes it."""
+    needle, seq_len = config.needle, config.training.seq_len
+    if not needle.enable:
+        return
+    for name in ("freq", "depths", "needles", "batch"):
+        if getattr(needle, name) < 1:
+            yield Issue((f"needle.{name}",), str(getattr(needle, name)), "a positive number")
+    if config.model.name == "llama4_text":
+        found = "true for a teacher, which has no KV cache"
+        yield Issue(("needle.enable", "model.name"), found, "false: students only are tested")
+    lengths = needle.lengths
+    if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
+        yield Issue(("needle.lengths", "needle.enable"), str(lengths), "positive numbers of tokens, each once")
+    elif max(lengths) > seq_len and not needle.allow_longer:
+        found = f"{max(lengths)} with training.seq_len = {seq_len}"
+        expected = f"lengths up to {seq_len}, or needle.allow_longer = true"
+        yield Issue(("needle.lengths", "training.seq_len", "needle.allow_longer"), found, expected)

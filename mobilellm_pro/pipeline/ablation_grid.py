@@ -1,0 +1,279 @@
+"""A grid of ablations as a file: the job that is varied, and variants that change some of its keys.
+
+    job = "../2_context.toml"                  relative to the grid's own folder
+    [overrides]                                of every variant, before its own
+    training.steps = 20
+    [needle]                                   the test that every variant takes at the end
+    lengths = [200, 320, 512]
+    [[variant]]
+    name = "reset_positions"
+    why = "Positions start at 0 in every document, so nothing says where in the row it stands."
+    overrides.attention.positions = "reset"
+
+A variant with `train = false` is the checkpoint that the job begins with, tested as it is.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobilellm_pro.config import ConfigError, JobConfig, Problem, load
+from mobilellm_pro.config.config_error import nearest_name
+from mobilellm_pro.config.overrides import SOURCE as COMMAND_LINE
+from mobilellm_pro.config.typed_values import check_table, describe_value
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class NeedleTest:
+    """Cells of the final needle test."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of prompt and answer together."""
+
+    depths: int = 9
+    """Places of the needle, evenly spaced from 0 to 100 % of the text."""
+
+    needles: int = 5
+    """Prompts of each length and depth."""
+
+    haystack: str = ""
+    """Folder of a prepared corpus to take text from. Default: a generated filler."""
+
+    batch: int = 1
+    """Prompts at a time."""
+
+
+@dataclass
+class VariantTable:
+    """One [[variant]] as it stands in the file."""
+
+    name: str = ""
+    """Also the name of its folder."""
+
+    why: str = ""
+    """What it shows, in a sentence."""
+
+    train: bool = True
+    """Whether it is a run; else the checkpoint that the job begins with is tested."""
+
+    overrides: dict = field(default_factory=dict)
+    """Keys of the job and their values."""
+
+
+@dataclass
+class GridTable:
+    """The file, but for its variants."""
+
+    job: str = ""
+    """TOML file of the job."""
+
+    overrides: dict = field(default_factory=dict)
+    """Keys of the job and their values, for every variant."""
+
+    needle: NeedleTest = field(default_factory=NeedleTest)
+    variant: list[VariantTable] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant that can be run."""
+
+    name: str
+    why: str
+    train: bool
+    changes: Mapping[str, Any]
+    """Dotted key -> value, its own ones."""
+
+    words: tuple[str, ...]
+    """The words of the command line: of the grid, of the variant, and its folder."""
+
+    config: JobConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class AblationGrid:
+    """A grid that can be run."""
+
+    path: Path
+    job: Path
+    needle: NeedleTest
+    folder: Path
+    """Holds a folder for each variant, and the table."""
+
+    base: JobConfig
+    """The job with the overrides of every variant."""
+
+    base_words: tuple[str, ...]
+    """Those overrides as words of the command line."""
+
+    variants: tuple[Variant, ...]
+
+
+def load_grid(path: str | Path, folder: str | Path | None = None) -> AblationGrid:
+    """Reads a grid and loads the job of every variant.
+
+    Args:
+        path: the file.
+        folder: for all results; default `ablations/NAME` beside the job's own dump folder, NAME that of the file.
+
+    Raises:
+        ConfigError: with all problems of the grid and of all its jobs.
+    """
+    path = Path(path)
+    raw = _read(path)
+    variants = raw.pop("variant", None)
+    values, problems = check_table(GridTable, raw, str(path))
+    if not values.get("job"):
+        problems.append(Problem(str(path), "job", "nothing", "the TOML file of the job, relative to the grid's folder"))
+    tables = list(_variant_tables(variants, path, problems))
+    needle = NeedleTest(**values.get("needle", {}))
+    job = Path(os.path.normpath(path.parent / values.get("job", "")))
+    common = values.get("overrides", {})
+    problems += [*_override_problems(common, f"{path}: overrides"), *_needle_problems(needle, path)]
+    problems += _variant_problems(tables, path)
+    base = None if problems else _load(job, _words(common), f"{path}: overrides", problems)
+    if base is None:
+        raise ConfigError(str(path), list(dict.fromkeys(problems)))
+    root = Path(folder) if folder else Path(base.job.dump_folder).parent / "ablations" / path.stem
+    found = [_variant(table, common, job, root, path, needle, problems) for table in tables]
+    if problems:
+        raise ConfigError(str(path), list(dict.fromkeys(problems)))
+    return AblationGrid(
+        path, job, needle, root, base, tuple(_words(common)), tuple(variant for variant in found if variant is not None)
+    )
+
+
+def choose(grid: AblationGrid, only: list[str] | None) -> list[Variant]:
+    """The variants of these names, in the grid's order; all without names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    names = [variant.name for variant in grid.variants]
+    for name in only or ():
+        if name not in names:
+            nearest = nearest_name(name, names)
+            guess = f"; did you mean {nearest}?" if nearest else ""
+            raise ValueError(f"--only {name}: {grid.path} has the variants {', '.join(names)}{guess}")
+    return [variant for variant in grid.variants if not only or variant.name in only]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(path), [Problem(str(path), "", f"no readable TOML ({error})", "a grid")]) from None
+
+
+def _variant_tables(raw: Any, path: Path, problems: list[Problem]) -> Iterator[VariantTable]:
+    if not isinstance(raw, list) or not raw or not all(isinstance(table, dict) for table in raw):
+        found = "nothing" if raw is None else describe_value(raw)
+        problems.append(Problem(str(path), "variant", found, "[[variant]] tables with name, why and overrides"))
+        return
+    for index, table in enumerate(raw):
+        values, more = check_table(VariantTable, table, str(path), f"variant[{index}].")
+        problems += more
+        yield VariantTable(**values)
+
+
+def _variant_problems(tables: list[VariantTable], path: Path) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    names: set[str] = set()
+    for index, table in enumerate(tables):
+        key, place = f"variant[{index}]", f'{path}: variant "{table.name}"'
+        if not _NAME.fullmatch(table.name):
+            yield Problem(str(path), f"{key}.name", f'"{table.name}"', "the name of a folder: letters, digits, - _ .")
+        elif table.name in names:
+            yield Problem(str(path), f"{key}.name", f'"{table.name}" a second time', "one name for one variant")
+        if not table.why:
+            yield Problem(place, "why", "nothing", "a sentence: what this variant shows")
+        if not table.train and table.overrides:
+            yield Problem(place, "overrides", "keys with train = false", "none: nothing is trained")
+        yield from _override_problems(table.overrides, place)
+        same = json.dumps([table.train, dict(sorted(flatten(table.overrides).items()))], default=str)
+        if same in seen:
+            yield Problem(place, "overrides", f'those of "{seen[same]}"', "another change: it would be the same run")
+        names.add(table.name)
+        seen.setdefault(same, table.name)
+
+
+def _override_problems(overrides: dict[str, Any], place: str) -> Iterator[Problem]:
+    """Unknown keys and wrong types, and keys that a grid must not change."""
+    yield from check_table(JobConfig, overrides, place)[1]
+    for key, value in flatten(overrides).items():
+        if key == "job.dump_folder":
+            yield Problem(place, key, f'"{value}"', "no such key: every variant gets a folder of its own (--output)")
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield Problem(place, key, "tables", "a job file of its own: a grid changes plain keys")
+
+
+def _needle_problems(needle: NeedleTest, path: Path) -> Iterator[Problem]:
+    lengths = needle.lengths
+    if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
+        yield Problem(str(path), "needle.lengths", str(lengths), "positive numbers of tokens, each once")
+    for name in ("depths", "needles", "batch"):
+        if getattr(needle, name) < 1:
+            yield Problem(str(path), f"needle.{name}", str(getattr(needle, name)), "a positive number")
+
+
+def _variant(
+    table: VariantTable,
+    common: dict[str, Any],
+    job: Path,
+    root: Path,
+    path: Path,
+    needle: NeedleTest,
+    problems: list[Problem],
+) -> Variant | None:
+    place, folder = f'{path}: variant "{table.name}"', root / table.name
+    words = [*_words(common), *_words(table.overrides), f"--job.dump_folder={folder}"]
+    config = _load(job, words, place, problems)
+    if config is None:
+        return None
+    checkpoint = config.checkpoint
+    if table.train and not checkpoint.enable:
+        problems.append(Problem(place, "checkpoint.enable", "false", "true: the last checkpoint is tested"))
+    if not table.train and not checkpoint.initial_load_path:
+        problems.append(Problem(place, "checkpoint.initial_load_path", "nothing", "what is tested with train = false"))
+    if table.train and max(needle.lengths) > config.training.seq_len:
+        expected = f"lengths up to training.seq_len = {config.training.seq_len}"
+        problems.append(Problem(place, "needle.lengths", str(max(needle.lengths)), expected))
+    return Variant(table.name, table.why, table.train, flatten(table.overrides), tuple(words), config, folder)
+
+
+def _load(job: Path, words: list[str], place: str, problems: list[Problem]) -> JobConfig | None:
+    try:
+        return load(job, words)
+    except ConfigError as error:
+        for problem in error.problems:
+            source = place if problem.source == COMMAND_LINE else f"{place}: {problem.source}"
+            problems.append(Problem(source, problem.key, problem.found, problem.expected, problem.nearest))
+        return None
+
+
+def flatten(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in overrides.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _words(overrides: Mapping[str, Any]) -> list[str]:
+    """As on the command line; one word a key, so that no value is taken for a key."""
+    return [f"--{key}={word_of(value)}" for key, value in flatten(overrides).items()]
+
+
+def word_of(value: Any) -> str:
+    """A TOML value as a word of the command line."""
+    if isinstance(value, (bool, list)):
+        return json.dumps(value)  # JSON's booleans and plain arrays are TOML's
+    return str(value)
