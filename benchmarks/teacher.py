@@ -34,7 +34,7 @@ from torch import Tensor
 from mobilellm_pro.config import load
 from mobilellm_pro.data.hidden_state_files import CacheKey, decode, encode
 from mobilellm_pro.losses import linear_distillation
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.teacher import FLAVORS, Teacher, TeacherArgs
 from mobilellm_pro.model.teacher_quantization import quantize_layer
@@ -172,7 +172,7 @@ def forward_seconds(model: Teacher, how: str, rows: int, seq_len: int, repeats: 
     """Of the layers, without the head."""
     tokens = torch.randint(0, model.model_args.vocab_size, (rows, seq_len), device=DEVICE)
     positions = torch.arange(seq_len, device=DEVICE).expand(tokens.shape)
-    masks = build_masks(model.spans(), positions)
+    masks = PackedRows(torch.zeros_like(tokens)).masks(model.spans(), "causal")
     if how == "compiled":
         torch.compiler.set_stance("default")
         compile_layers(model)
@@ -327,11 +327,10 @@ def float8(arguments: argparse.Namespace, work: Path) -> list[str]:
     mixture = open_mixture(config.data, "valid", config.training.seq_len)
     inputs, labels = next(iter(MixtureLoader(mixture, 32, 0, 1)))
     tokens, documents = inputs["input"], inputs["document_ids"]
-    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    rows = PackedRows(documents)
 
     def hidden(teacher: torch.nn.Module) -> Tensor:
-        masks = build_masks(teacher.spans(), positions, documents)
-        return teacher(tokens, positions, masks, head=lambda hidden, weight: hidden)
+        return teacher(tokens, rows.positions, rows.masks(teacher.spans()), head=lambda hidden, weight: hidden)
 
     truth, head = hidden(model), model.lm_head.weight.clone()
     variants = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from mobilellm_pro.config.config_error import Issue, Problem
 from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
+from mobilellm_pro.config.evaluation_checks import check_needle, check_validation
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.config.no_effect import check_no_effect
 from mobilellm_pro.config.teacher_checks import (
@@ -105,6 +106,10 @@ def _sequence(config: JobConfig) -> Iterator[Issue]:
             keys = (key, "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree")
             expected = f"a multiple of {shards}, context times tensor parallel degree: ranks hold equal shards"
             yield Issue(keys, str(length), expected)
+        pieces = 2 * parallelism.context_parallel_degree
+        if config.attention.context_layout == "head_tail" and pieces > 0 and length % pieces:
+            keys = (key, "parallelism.context_parallel_degree", "attention.context_layout")
+            yield Issue(keys, str(length), f"a multiple of {pieces}: head_tail gives a context rank two equal pieces")
 
 
 def _data_parallelism(config: JobConfig) -> Iterator[Issue]:
@@ -200,13 +205,6 @@ def _compile(config: JobConfig) -> Iterator[Issue]:
         yield Issue(keys, f'"{option}"', '"op", or a positive number as a string: every nth layer')
 
 
-def _validation(config: JobConfig) -> Iterator[Issue]:
-    steps = config.validation.steps
-    if config.validation.enable and steps <= 0:
-        keys = ("validation.steps", "validation.enable")
-        yield Issue(keys, f"{steps}", "a positive number: ranks that ran out of text at different steps would hang")
-
-
 def _loader(config: JobConfig) -> Iterator[Issue]:
     for section in ("training", "validation"):
         loader = getattr(config, section).dataloader
@@ -285,6 +283,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     check_attention,
     check_teacher_layout,
     check_teacher_cache,
+    check_needle,
     _positive,
     _batch,
     _sequence,
@@ -293,7 +292,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     _optimizer,
     _checkpoint,
     _compile,
-    _validation,
+    check_validation,
     _loader,
     _converters,
 )

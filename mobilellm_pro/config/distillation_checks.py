@@ -39,8 +39,10 @@ def check_distill(config: JobConfig) -> Iterator[Issue]:
 def check_data(config: JobConfig) -> Iterator[Issue]:
     """Tokenizer and corpora."""
     data = config.data
-    if data.max_document_tokens is not None and data.max_document_tokens < 1:
-        yield Issue(("data.max_document_tokens",), str(data.max_document_tokens), "a positive number of tokens")
+    for name in ("min_document_tokens", "max_document_tokens"):
+        limit = getattr(data, name)
+        if limit is not None and limit < 1:
+            yield Issue((f"data.{name}",), str(limit), "a positive number of tokens; leave it out for no limit")
     if not data.tokenizer:
         yield Issue(("data.tokenizer",), "nothing", 'a file in tiktoken\'s format, or "llama4"')
     if not data.datasets:

@@ -35,6 +35,10 @@ class Attention:
     positions: Literal["continue", "reset"] = "continue"
     """Position numbers inside a packed row: go on over document borders, or start at 0 in every document."""
 
+    context_layout: Literal["contiguous", "head_tail"] = "contiguous"
+    """Under context parallelism: one piece of the row a rank, or one from either end, which gives all ranks equal work
+    in global layers where rows are long documents or the mask is causal. It costs local layers a second border."""
+
 
 @dataclass
 class Distill:
@@ -157,8 +161,45 @@ class Data:
     max_document_tokens: int | None = None
     """Only the first so many tokens of each document are used."""
 
+    min_document_tokens: int | None = None
+    """Only documents of at least so many tokens are used, those of training and the held-out ones. Their length before
+    `max_document_tokens` counts, so that both keys together mean the beginnings of long documents."""
+
     on_max_epochs: Literal["error", "stop"] = "error"
     """When a corpus would pass its `max_epochs` before the last step: refuse to start, or stop before that step."""
+
+
+@dataclass
+class Needle:
+    """The needle test during training (`mobilellm-pro needle` tests a finished checkpoint)."""
+
+    enable: bool = False
+    """Run it every `freq` steps and after the last one; the score goes where the losses go, the cells into needle/ of
+    the run's folder."""
+
+    freq: int = 1000
+    """Steps between two tests. All ranks stop for one: each gathers the whole student (2.2 GB in bfloat16 at 1b), runs
+    its share of the cells, and waits for the others. Waiting may take `comm.train_timeout_seconds` at most: give every
+    rank about as many cells, or raise that key."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of prompt and answer together."""
+
+    depths: int = 5
+    """Places of the needle, evenly spaced from 0 to 100 % of the text."""
+
+    needles: int = 1
+    """Prompts of each length and depth; the cells are lengths x depths x needles."""
+
+    haystack: str = ""
+    """Folder of a prepared corpus to take text from. Default: a generated filler."""
+
+    batch: int = 1
+    """Prompts at a time. More are faster; kernels may then round differently, and a close call may go another way on
+    another number of ranks."""
+
+    allow_longer: bool = False
+    """Whether lengths above training.seq_len are meant, to see what the student does beyond what it is trained on."""
 
 
 @dataclass
@@ -169,3 +210,4 @@ class JobConfig(TitanJobConfig):
     distill: Distill = field(default_factory=Distill)
     teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
+    needle: Needle = field(default_factory=Needle)

@@ -17,7 +17,7 @@ _TOKENIZER = "data.tokenizer (and teacher.path, checkpoint.initial_load_path for
 _EXTENSION = "nothing: the configuration classes of this project are fixed"
 _PIPELINE = "nothing: no pipeline parallelism; use FSDP, tensor or context parallelism"
 _EXPERTS = "nothing: the student has no experts; the teacher's degree is teacher.parallelism.expert_parallel_degree"
-_CONTEXT = "nothing: context parallelism here gives every rank one contiguous shard and gathers keys as the masks need"
+_CONTEXT = "nothing: keys travel as far as the kind of layer looks; attention.context_layout says what a rank holds"
 _FAULT_TOLERANCE = "nothing: a run restarts from its last checkpoint instead"
 _LOW_PRECISION = "nothing: no float8 or MX training"
 

@@ -141,16 +141,17 @@ class HiddenStateReader:
     """Hidden states of any rows, as the teacher computed them."""
 
     def __init__(
-        self, indexes: Sequence[CorpusIndex], cache: CacheKey, *, first: int = 0, num_tokens: int | None = None
+        self, indexes: Sequence[CorpusIndex], cache: CacheKey, *, pieces: Sequence[tuple[int, int]] | None = None
     ) -> None:
         """
         Args:
             indexes: of the corpora, in the mixture's order.
             cache: whose hidden states, and how they are stored.
-            first, num_tokens: the part of each row to read: this rank's under context parallelism; default all.
+            pieces: stretches of each row to read, as first token and the one after the last: this rank's under context
+                parallelism; default the whole row.
         """
-        self._indexes, self._cache, self._first = list(indexes), cache, first
-        self._num_tokens = indexes[0].key.seq_len if num_tokens is None else num_tokens
+        self._indexes, self._cache = list(indexes), cache
+        self._pieces = [(0, indexes[0].key.seq_len)] if pieces is None else list(pieces)
 
     def read(self, corpora: Sequence[int], rows: Sequence[int]) -> Tensor:
         """[B, S, D] in the teacher's data type, on the CPU.
@@ -162,14 +163,16 @@ class HiddenStateReader:
         Raises:
             ValueError: a hole, or a file that was truncated, changed or removed; file, corpus and row are named.
         """
-        shape = len(rows), self._num_tokens, self._cache.hidden_size
+        lengths = [end - begin for begin, end in self._pieces]
+        shape = len(rows), sum(lengths), self._cache.hidden_size
         out_BSD = torch.empty(shape, dtype=DTYPES[self._cache.dtype])
         for out_SD, corpus, row in zip(out_BSD, corpora, rows, strict=True):
-            self._fill(self._indexes[corpus], row, out_SD)
+            for (first, _), out_TD in zip(self._pieces, out_SD.split(lengths), strict=True):
+                self._fill(self._indexes[corpus], row, first, out_TD)
         return out_BSD
 
-    def _fill(self, index: CorpusIndex, row: int, out_SD: Tensor) -> None:
-        begin = row * index.key.seq_len + self._first
+    def _fill(self, index: CorpusIndex, row: int, first: int, out_SD: Tensor) -> None:
+        begin = row * index.key.seq_len + first
         end, filled = begin + len(out_SD), begin
         for place in index.places(begin, end):
             if place.begin > filled:

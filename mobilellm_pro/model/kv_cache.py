@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mobilellm_pro.model.attention import Span
-from mobilellm_pro.model.cached_attention import attend_to_cache
+from mobilellm_pro.model.attention import attend_to_cache
+from mobilellm_pro.model.row_shard import Span
 
 CacheDtype = Literal["model", "int8"]
 """The model's own type, exact; or a byte a number with one range a token for K and one for V."""

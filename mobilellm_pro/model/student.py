@@ -18,9 +18,11 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
-from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
+from mobilellm_pro.model.attention import Attend
+from mobilellm_pro.model.attention_mask import AttentionMask, PackedRows
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.kv_cache import KVCache, LayerAttention
+from mobilellm_pro.model.row_shard import Span
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [B, S, D], head weight [V, D]) -> whatever the caller wants from the model."""
@@ -58,6 +60,10 @@ class StudentArgs(BaseModelArgs):
     def kind(self, layer: int) -> str:
         """ "global" or "local"."""
         return "global" if layer in self.global_layers else "local"
+
+    def spans(self) -> dict[str, Span]:
+        """Kind of layer -> how far back it looks."""
+        return {"global": Span(), "local": Span(window=self.sliding_window)}
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and training FLOPs a token: 6 a weight, 12·W·H a visible key, causal rows half visible.
@@ -178,7 +184,7 @@ class Student(ModelProtocol):
 
     def spans(self) -> dict[str, Span]:
         """Kind of layer -> how far back it looks."""
-        return {"global": Span(), "local": Span(window=self.model_args.sliding_window)}
+        return self.model_args.spans()
 
     def forward(
         self,
@@ -193,7 +199,7 @@ class Student(ModelProtocol):
         Args:
             tokens: [B, S] ids.
             positions: [B, S]; default 0, 1, ... or, with a cache, the positions after it.
-            masks: kind -> mask (`build_masks`); default causal over the row. With a cache, always causal over both.
+            masks: kind -> mask (`PackedRows.masks`); default causal over the row; with a cache, always over both.
             head: what to do with (hidden [B, S, D], weight [V, D]); default the logits [B, S, V].
             cache: keys and values of earlier tokens, which this call extends.
         """
@@ -203,7 +209,7 @@ class Student(ModelProtocol):
             start = 0 if cache is None else cache.num_tokens
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if masks is None:
-            masks = build_masks(self.spans(), positions) if cache is None else {}
+            masks = PackedRows(torch.zeros_like(tokens)).masks(self.spans(), "causal") if cache is None else {}
         hidden = self.embed_tokens(tokens)
         rope = rotary.half_tables(rotary.angles(positions, args.head_dim, args.rope_theta), hidden.dtype)
         for name, layer in self.layers.items():

@@ -25,10 +25,12 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import rotary
-from mobilellm_pro.model.attention import Attend, AttentionMask, Span, build_masks
+from mobilellm_pro.model.attention import Attend
+from mobilellm_pro.model.attention_mask import AttentionMask, PackedRows
 from mobilellm_pro.model.experts import MoE
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.rotary import FrequencyScaling
+from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import GatedMLP, Head
 
 
@@ -64,6 +66,14 @@ class TeacherArgs(BaseModelArgs):
     def uses_rope(self, layer: int) -> bool:
         """Whether the layer has position embeddings (and chunked attention)."""
         return (layer + 1) % self.no_rope_layer_interval != 0
+
+    def kind(self, layer: int) -> str:
+        """ "chunked" or "full" attention."""
+        return "chunked" if self.uses_rope(layer) else "full"
+
+    def spans(self) -> dict[str, Span]:
+        """Kind of layer -> how far back it looks."""
+        return {"full": Span(), "chunked": Span(chunk=self.attention_chunk_size)}
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes to experts."""
@@ -205,7 +215,7 @@ class Teacher(ModelProtocol):
 
     def spans(self) -> dict[str, Span]:
         """Kind of layer -> how far back it looks."""
-        return {"full": Span(), "chunked": Span(chunk=self.model_args.attention_chunk_size)}
+        return self.model_args.spans()
 
     def forward(
         self,
@@ -219,18 +229,17 @@ class Teacher(ModelProtocol):
         Args:
             tokens: [B, S] ids.
             positions: [B, S]; default 0, 1, ...
-            masks: kind -> mask (`build_masks`); default causal over the row.
+            masks: kind -> mask (`PackedRows.masks`); default causal over the row, chunks cut by place in the row.
             head: what to do with (hidden [B, S, D], weight [V, D]); default the logits [B, S, V].
         """
         args = self.model_args
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if masks is None:
-            masks = build_masks(self.spans(), positions)
+            masks = PackedRows(torch.zeros_like(tokens)).masks(self.spans(), "causal")
         hidden = self.embed_tokens(tokens)
         rope = rotary.pair_tables(rotary.angles(positions, args.head_dim, args.rope_theta, args.rope_scaling))
         for name, layer in self.layers.items():
-            kind = "chunked" if args.uses_rope(int(name)) else "full"
-            hidden = layer(hidden, positions, rope, masks[kind])
+            hidden = layer(hidden, positions, rope, masks[args.kind(int(name))])
         hidden = self.norm(hidden)
         return (head or F.linear)(hidden, self.lm_head.weight)

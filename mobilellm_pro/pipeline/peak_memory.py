@@ -8,6 +8,7 @@ gradients are added and summed over ranks, the optimizer steps.
 from dataclasses import dataclass
 
 from mobilellm_pro.config import JobConfig
+from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.pipeline.step_memory import (
     LossWorkspace,
@@ -116,12 +117,12 @@ def _at_work(
         "teacher activations": 0,
         "teacher hidden states": 0,
         "student activations": saved_activations(student.args, shape),
-        "student layer, forward": layer_activations(student.args, shape),
+        "student layer, forward": max(layer_activations(student.args, shape, kind) for kind in student.args.spans()),
         "student layer, backward": layer_backward(student.args, shape),
         "layer gradients": _layer_gradients(student, shape.compute_bytes, shape),
         "layer gradients, being summed": _layer_gradients(student, 2 * shape.reduce_bytes, shape),
         "embedding gradients, being summed": _embedding_gradients(student, shape),
-        "masks": 2 * mask_bytes(shape, shape.rows),
+        "masks": mask_bytes(student.args.spans().values(), shape, shape.rows),
         "batch": BATCH_BYTES * shape.rows * shape.row_tokens,
         "loss: logits of a chunk": loss.logits,
         "loss: head gradient": loss.head_gradient,
@@ -130,7 +131,15 @@ def _at_work(
     }
     if teacher is not None:
         work |= _teacher_at_work(teacher, shape)
+        if not teacher.cached:
+            work["masks"] += mask_bytes(_teacher_masks(student, teacher, shape), shape, teacher.rows(shape))
     return work
+
+
+def _teacher_masks(student: StudentStep, teacher: TeacherStep, shape: StepShape) -> list[Span]:
+    """Of the kinds of layers whose masks the teacher does not find among the student's."""
+    own = set() if teacher.layout.tensor != shape.tensor or teacher.overlap else set(student.args.spans().values())
+    return [span for span in teacher.args.spans().values() if span not in own]
 
 
 def _teacher_at_work(teacher: TeacherStep, shape: StepShape) -> dict[str, int]:
@@ -154,7 +163,6 @@ def _teacher_at_work(teacher: TeacherStep, shape: StepShape) -> dict[str, int]:
         "teacher gathered: layer, as it arrives": arriving,
         "teacher weights restored from FP8": restored_bytes(teacher),
         "teacher activations": teacher_activations(teacher, shape),
-        "masks": 2 * mask_bytes(shape, shape.rows) + 2 * mask_bytes(shape, teacher.rows(shape)),
     }
 
 

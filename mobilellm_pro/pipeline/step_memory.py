@@ -12,6 +12,7 @@ In comments: N tokens of a micro-batch on this rank, D width, Q and K width of a
 feed-forward width, each the part of this rank under tensor parallelism; L layers, V vocabulary, E teacher width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from mobilellm_pro.losses.chunk_logits import BLOCK_ROWS, ChunkLogits
 from mobilellm_pro.losses.full_teacher_rows import tile_height
 from mobilellm_pro.losses.problem import Problem
 from mobilellm_pro.losses.token_chunks import chunk_size
+from mobilellm_pro.model.attention_mask import BLOCK
+from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import Split, TeacherArgs
 from mobilellm_pro.model.teacher_layout import TeacherLayout
@@ -30,9 +33,6 @@ from mobilellm_pro.training.fake_ranks import ModelShards, Unit
 
 GATHERED_AT_ONCE = 3
 """Copies of a unit that FSDP2 holds while one runs: its weights, the buffer they came in, the next one's buffer."""
-
-BLOCK = 128
-"""Rows and columns of a block of FlexAttention's masks."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,29 @@ def _output_channels(args: TeacherArgs, split: Split, layer: int) -> int:
     return projections + args.hidden_size + blocks * (2 * inner // split.tensor + args.hidden_size)
 
 
-def layer_activations(args: StudentArgs, shape: StepShape) -> int:
-    """Bytes that autograd keeps of one student layer without checkpointing.
+def layer_activations(args: StudentArgs, shape: StepShape, kind: str) -> int:
+    """Bytes that autograd keeps of one student layer of a kind without checkpointing.
 
     Two norms keep their input and a scale (on a CPU, which computes them in fp32 step by step, two fp32 tensors); the
     products keep their inputs: two norms' outputs [N, D], attention's output [N, Q], and the product of the gate [N,
-    F]; attention keeps queries, keys, values (of the whole row under context parallelism), its output and a scale a
-    head; the gate keeps both factors and its input, three of [N, F]. SDPA on a CPU also keeps the mask of each layer,
-    in the queries' type.
+    F]; attention keeps queries, the keys and values that it looked back on, its output and a scale a head; the gate
+    keeps both factors and its input, three of [N, F]. SDPA on a CPU also keeps a dense mask of each layer, in the
+    queries' type.
     """
     width, heads = args.hidden_size, args.num_attention_heads // shape.tensor
     query, key = heads * args.head_dim, args.num_key_value_heads * args.head_dim // shape.tensor
     inner = args.intermediate_size // shape.tensor
-    elements = 2 * width + 2 * query + 2 * key * shape.context + 4 * inner
+    elements = 2 * width + 2 * query + 4 * inner
     per_token = elements * shape.compute_bytes + 4 * heads + 2 * _norm_bytes(args, shape) // shape.tensor
-    masks = shape.tokens * shape.row_tokens * shape.compute_bytes if shape.device == "cpu" else 0
-    return shape.tokens * per_token + masks
+    num_keys = shape.num_keys(args.spans()[kind])
+    keys = 2 * key * shape.rows * num_keys * shape.compute_bytes
+    masks = shape.tokens * num_keys * shape.compute_bytes if shape.masks_densely(num_keys) else 0
+    return shape.tokens * per_token + keys + masks
+
+
+def _of_all_layers(args: StudentArgs, shape: StepShape) -> int:
+    by_kind = {kind: layer_activations(args, shape, kind) for kind in args.spans()}
+    return sum(by_kind[args.kind(layer)] for layer in range(args.num_hidden_layers))
 
 
 def _norm_bytes(args: StudentArgs, shape: StepShape) -> int:
@@ -119,15 +126,15 @@ def saved_activations(args: StudentArgs, shape: StepShape, checkpointing: str | 
     """
     mode = shape.checkpointing if checkpointing is None else checkpointing
     layers, width = args.num_hidden_layers, args.hidden_size
-    whole, entry = layer_activations(args, shape), shape.tokens * width * shape.residual_bytes // shape.tensor
+    whole, entry = _of_all_layers(args, shape), shape.tokens * width * shape.residual_bytes // shape.tensor
     outside = 8 + _norm_bytes(args, shape) // shape.tensor + 2 * args.head_dim * shape.compute_bytes
-    kept = layers * whole
+    kept = whole
     if mode == "full":
         kept = layers * entry
     elif mode == "op":
         kept = layers * (entry + shape.tokens * _kept_by_operation(args, shape))
     elif mode.isdigit():
-        kept = layers // int(mode) * entry + (layers - layers // int(mode)) * whole
+        kept = layers // int(mode) * entry + (layers - layers // int(mode)) * whole // layers
     elif mode != "none":
         raise ValueError(f"activation_checkpoint.mode = {mode!r}: what the compiler keeps under it cannot be planned")
     return kept + shape.tokens * outside
@@ -148,15 +155,16 @@ def layer_backward(args: StudentArgs, shape: StepShape) -> int:
     """Bytes of one layer while it runs backward: what it recomputes, and gradients of intermediate results.
 
     The most at a time are the gradients of both factors of the gate beside that of their product, [N, F] each, with the
-    gradients of the stream; the product itself is gone by then. Under context parallelism gathered keys and values are
-    put in order, which holds them twice.
+    gradients of the stream; the product itself is gone by then. Under context parallelism keys and values arrive and
+    are put in order, which holds them twice.
     """
     inner = args.intermediate_size // shape.tensor
     key = args.num_key_value_heads * args.head_dim // shape.tensor
-    extra = 2 * inner + 2 * args.hidden_size + (2 * key * shape.context if shape.context > 1 else 0)
+    extra = shape.tokens * (2 * inner + 2 * args.hidden_size)
+    extra += 2 * key * shape.rows * shape.num_keys(Span()) * (shape.context > 1)
     kept = saved_activations(args, shape) // args.num_hidden_layers
-    recomputed = max(0, layer_activations(args, shape) - kept)
-    return recomputed + shape.tokens * extra * shape.compute_bytes
+    recomputed = max(0, layer_activations(args, shape, "global") - kept)
+    return recomputed + extra * shape.compute_bytes
 
 
 def teacher_activations(teacher: TeacherStep, shape: StepShape) -> int:
@@ -165,7 +173,7 @@ def teacher_activations(teacher: TeacherStep, shape: StepShape) -> int:
     In the feed-forward layer: the layer's input and its sum with attention, the norm, the scaled tokens and these in
     the order of their experts, [N, D] each, gate and up side by side, silu(gate) and the product, 4 [N, F]. Tokens that
     travel to their experts add their arrival and its order. In attention: input, norm, queries and output, and
-    keys and values, under context parallelism those of the whole row twice.
+    keys and values, under context parallelism also those of the row before, twice.
     """
     args, split = teacher.args, teacher.layout.split
     width, query = args.hidden_size, args.num_attention_heads * args.head_dim // split.tensor
@@ -173,9 +181,12 @@ def teacher_activations(teacher: TeacherStep, shape: StepShape) -> int:
     routed = (7 if split.experts > 1 else 5) * width + 4 * args.intermediate_size // split.tensor
     dense = 3 * width + 3 * args.intermediate_size_mlp // split.tensor
     kinds = {args.is_moe(layer) for layer in range(args.num_hidden_layers)}
-    attention = 2 * width + 2 * query + 2 * key * (1 if shape.context == 1 else 2 * shape.context + 1)
-    most = max(attention, *(routed if is_moe else dense for is_moe in kinds))
-    return teacher.tokens(shape) * most * teacher.element_bytes
+    attention = 2 * width + 2 * query + 2 * key
+    most = max(attention, *(routed if is_moe else dense for is_moe in kinds)) * teacher.tokens(shape)
+    if shape.context > 1:
+        together = 2 * 2 * key * teacher.rows(shape) * shape.num_keys(Span())
+        most = max(most, attention * teacher.tokens(shape) + together)
+    return most * teacher.element_bytes
 
 
 def restored_bytes(teacher: TeacherStep) -> int:
@@ -192,12 +203,16 @@ def restored_bytes(teacher: TeacherStep) -> int:
     return args.hidden_size * max(*widths, args.num_attention_heads * args.head_dim) // split.tensor * (8 + rounded)
 
 
-def mask_bytes(shape: StepShape, rows: int) -> int:
-    """Of one kind of layer: four tables of block numbers in int32, or a dense mask on a CPU."""
-    if shape.device == "cpu":
-        return rows * shape.part_tokens * shape.row_tokens
-    blocks = -(-shape.part_tokens // BLOCK) * -(-shape.row_tokens // BLOCK)
-    return rows * blocks * 4 * 4
+def mask_bytes(spans: Iterable[Span], shape: StepShape, rows: int) -> int:
+    """Of several kinds of layers: two numbers a query, four tables of block numbers or, on a CPU, a dense mask."""
+    total = 0
+    for num_keys in map(shape.num_keys, spans):
+        total += 2 * 4 * shape.part_tokens
+        if shape.device == "cuda":
+            total += 4 * 4 * -(-shape.part_tokens // BLOCK) * -(-num_keys // BLOCK)
+        elif shape.masks_densely(num_keys):
+            total += shape.part_tokens * num_keys
+    return rows * total
 
 
 def gathered_bytes(units: list[Unit], element_bytes: int) -> tuple[int, int]:

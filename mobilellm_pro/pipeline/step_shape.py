@@ -1,16 +1,18 @@
 """What one rank does in one step, as plain numbers: the common input of the memory, work and time of a plan.
 
-Context-parallel ranks hold consecutive parts of a row. Under a causal mask the last part sees the most keys, and the
-others wait for it, so the rank that a plan describes is the one with the last part.
+Where context-parallel ranks hold consecutive parts of a row, the last part sees the most keys under a causal mask, and
+the others wait for it, so the rank that a plan describes is the one with the last part.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+import torch
 
 from mobilellm_pro.config import JobConfig
-from mobilellm_pro.model.attention import Span
+from mobilellm_pro.model.attention_mask import DENSE_ELEMENTS, AttentionMask, DocumentMask, PackedRows, Positions
+from mobilellm_pro.model.row_shard import RowShard, Span, key_exchange
+from mobilellm_pro.model.tiled_attention import tiles
 from mobilellm_pro.training.loader import step_rows
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -50,10 +52,14 @@ class StepShape:
     """ "none", "full", "op", or every how many layers one is checkpointed."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    """A CPU has dense masks and other kernels: it is here so that the model can be compared with what runs there."""
+    """A CPU has other masks and kernels: it is here so that the model can be compared with what runs there."""
 
     document_tokens: int | None = None
     """Length of the documents of a row, for the keys that a query sees; None: a row is one document."""
+
+    positions: Positions = "continue"
+    head_tail: bool = False
+    """Two pieces of a row on a context-parallel rank (`attention.context_layout`)."""
 
     @property
     def part_tokens(self) -> int:
@@ -75,29 +81,49 @@ class StepShape:
         """Tokens of a step on all ranks."""
         return self.step_rows * self.row_tokens
 
-    def mean_keys(self, span: Span, mask: str, positions: str = "continue", *, everywhere: bool = False) -> float:
-        """Keys that a query of the last part of a row sees on average; `everywhere`: a query of the whole row.
+    def mean_keys(self, span: Span, documents: DocumentMask, *, everywhere: bool = False) -> float:
+        """Keys that a query of this rank meets on average, by the masks that a step makes.
+
+        On an accelerator those that it sees; on a CPU those of its row or tile, most of which are masked afterwards.
 
         Args:
             span: how far back the kind of layer looks.
-            mask: "block_causal" or "causal", as [attention] has it.
-            positions: "continue" or "reset": chunks are cut by position.
-            everywhere: average over the row instead of the part of the busiest rank.
-
-        On a CPU every query multiplies with all keys and masks afterwards.
+            documents: whether a query sees its own document only.
+            everywhere: of a query of the whole row, instead of the busiest rank's.
         """
-        if self.device == "cpu":
-            return float(self.row_tokens)
-        document = self.document_tokens if mask == "block_causal" and self.document_tokens else self.row_tokens
-        query = np.arange(0 if everywhere else self.row_tokens - self.part_tokens, self.row_tokens)
-        own = query % document
-        keys = own + 1
-        if span.window is not None:
-            keys = np.minimum(keys, span.window)
-        if span.chunk is not None:
-            position = query if positions == "continue" else own
-            keys = np.minimum(keys, position % span.chunk + 1)
-        return float(keys.mean())
+        mask = self._mask(span, documents, everywhere)
+        num_queries = mask.first.shape[1]
+        if self.device == "cuda":
+            return (mask.end - mask.first).double().mean().item()
+        if mask.dense is not None:
+            return float(mask.num_keys)
+        met = [(t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in tiles(mask.first, mask.end)]
+        return sum(met) / num_queries
+
+    def num_keys(self, span: Span) -> int:
+        """Keys of a row that come together on this rank for one kind of layer."""
+        exchange = key_exchange(self.row_shard, span, aligned=self.positions == "continue")
+        return self.part_tokens if exchange is None else len(exchange.indices())
+
+    def masks_densely(self, num_keys: int) -> bool:
+        """Whether a layer's mask is a table of queries and keys: in short rows on a CPU."""
+        return self.device == "cpu" and self.part_tokens * num_keys <= DENSE_ELEMENTS
+
+    def exchanged_keys(self, span: Span) -> tuple[int, int]:
+        """(received, sent) keys of a row on this rank for one kind of layer."""
+        exchange = key_exchange(self.row_shard, span, aligned=self.positions == "continue")
+        return (0, 0) if exchange is None else (sum(exchange.received), sum(exchange.sent_tokens))
+
+    @property
+    def row_shard(self) -> RowShard:
+        """The busiest context-parallel rank's part of a row."""
+        return RowShard(self.row_tokens, self.context, self.context - 1, self.head_tail)
+
+    def _mask(self, span: Span, documents: DocumentMask, everywhere: bool) -> AttentionMask:
+        index = torch.arange(self.row_tokens).unsqueeze(0)
+        ids = torch.zeros_like(index) if self.document_tokens is None else index // self.document_tokens
+        rows = PackedRows(ids, self.positions, None if everywhere else self.row_shard)
+        return rows.masks({"": span}, documents)[""]
 
 
 def step_shape(
@@ -131,4 +157,6 @@ def step_shape(
         checkpointing=checkpointing,
         device=device,
         document_tokens=document_tokens,
+        positions=config.attention.positions,
+        head_tail=config.attention.context_layout == "head_tail",
     )

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mobilellm_pro.config import JobConfig
-from mobilellm_pro.model.attention import Span
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.pipeline.peak_memory import StudentStep
 from mobilellm_pro.pipeline.step_memory import TeacherStep
@@ -56,9 +55,8 @@ def student_flops(
     width, query = args.hidden_size, args.num_attention_heads * args.head_dim
     linear = 2 * (2 * width * query + 2 * width * args.num_key_value_heads * args.head_dim)
     linear += 2 * 3 * width * args.intermediate_size
-    spans = {"global": Span(), "local": Span(window=args.sliding_window)}
-    mask, positions = config.attention.student_mask, config.attention.positions
-    keys = {k: shape.mean_keys(span, mask, positions, everywhere=everywhere) for k, span in spans.items()}
+    mask = config.attention.student_mask
+    keys = {kind: shape.mean_keys(span, mask, everywhere=everywhere) for kind, span in args.spans().items()}
     attention = 4 * query * sum(keys[args.kind(layer)] for layer in range(args.num_hidden_layers))
     forward = linear * args.num_hidden_layers
     tokens = shape.tokens * shape.micro_batches / shape.tensor
@@ -97,12 +95,11 @@ def teacher_flops(config: JobConfig, teacher: TeacherStep, shape: StepShape, *, 
     attention_linear = 2 * (2 * width * query + 2 * width * args.num_key_value_heads * args.head_dim)
     routed = 2 * (2 * 3 * width * args.intermediate_size)
     dense = 2 * 3 * width * args.intermediate_size_mlp
-    mask, positions = config.attention.teacher_mask, config.attention.positions
-    full = shape.mean_keys(Span(), mask, positions, everywhere=everywhere)
-    chunk = shape.mean_keys(Span(chunk=args.attention_chunk_size), mask, positions, everywhere=everywhere)
+    mask = config.attention.teacher_mask
+    keys = {kind: shape.mean_keys(span, mask, everywhere=everywhere) for kind, span in args.spans().items()}
     split_work = whole_work = 0.0
     for layer in range(args.num_hidden_layers):
-        split_work += attention_linear + 4 * query * (chunk if args.uses_rope(layer) else full)
+        split_work += attention_linear + 4 * query * keys[args.kind(layer)]
         split_work += routed if args.is_moe(layer) else dense
         whole_work += 2 * width * args.num_local_experts if args.is_moe(layer) else 0  # the router is not split
     return teacher.tokens(shape) * shape.micro_batches * (split_work / split.tensor + whole_work)
@@ -148,16 +145,19 @@ def _student_weights(student: StudentStep, shape: StepShape) -> Iterator[Transfe
 def _student_activations(args: StudentArgs, shape: StepShape) -> Iterator[Transfer]:
     """Of every layer, forward, backward and where it is recomputed.
 
-    Context parallelism gathers keys and values of the row and sums their gradients. Tensor parallelism gathers the
-    stream before attention and before the feed-forward layer and scatters sums after them; backward it is the other way
-    round. Outside the layers it sums the lookup, gathers the last hidden states and sums their gradients.
+    Context parallelism brings the keys and values that a kind of layer looks back on, and backward the gradients of
+    those that were sent. Tensor parallelism gathers the stream before attention and before the feed-forward layer and
+    scatters sums after them; backward it is the other way round. Outside the layers it sums the lookup, gathers the
+    last hidden states and sums their gradients.
     """
     share, _ = _recomputed(args, shape)
     passes = 2 + (1 if shape.checkpointing == "op" else share)
     layers, tokens = args.num_hidden_layers, shape.tokens * shape.micro_batches
     key = args.num_key_value_heads * args.head_dim // shape.tensor
-    row = tokens * shape.context * shape.compute_bytes
-    keys = layers * passes * 2 * key * row * _others(shape.context)
+    exchanged = {kind: shape.exchanged_keys(span) for kind, span in args.spans().items()}
+    exchanges = [exchanged[args.kind(layer)] for layer in range(layers)]
+    keys = sum((passes - 1) * received + sent for received, sent in exchanges)
+    keys *= 2 * key * shape.compute_bytes * shape.rows * shape.micro_batches
     yield Transfer("student keys and values, context parallel", keys, _neighbours(shape.context, shape.tensor))
     stream = tokens * args.hidden_size * shape.compute_bytes * _others(shape.tensor)
     yield Transfer(
@@ -194,12 +194,13 @@ def _teacher_activations(teacher: TeacherStep, shape: StepShape) -> Iterator[Tra
     routed = 2 * sum(map(args.is_moe, range(layers))) * stream * _others(layout.expert)
     yield Transfer("teacher tokens, all-to-all to experts", routed, layout.expert_groups()[0])
     key = args.num_key_value_heads * args.head_dim // layout.tensor
-    row = tokens * shape.context * teacher.element_bytes
-    keys = layers * 2 * key * row * _others(shape.context)
+    received = {kind: shape.exchanged_keys(span)[0] for kind, span in args.spans().items()}
+    keys = sum(received[args.kind(layer)] for layer in range(layers))
+    keys *= 2 * key * teacher.element_bytes * teacher.rows(shape) * shape.micro_batches
     yield Transfer("teacher keys and values, context parallel", keys, layout.context_groups()[0])
     together = layout.gather_groups()[0]
-    ids = 8 * (tokens + 2 * tokens * shape.context) * _others(len(together))
-    yield Transfer("token ids, positions and documents", ids, together)
+    ids = 8 * (tokens + tokens * shape.context) * _others(len(together))
+    yield Transfer("token ids and documents", ids, together)
     apart = layout.spread_groups()[0]
     hidden = stream * len(apart) * _others(len(apart))
     yield Transfer("teacher hidden states, to ranks of equal rows", hidden, apart)

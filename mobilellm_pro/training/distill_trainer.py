@@ -8,7 +8,7 @@ Shapes: B rows, S tokens of a row on this rank, D student width, E teacher width
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,12 @@ from torchtitan.train import Trainer
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.losses import DistillationLoss, linear_distillation, raise_if_not_finite
-from mobilellm_pro.model.attention import build_masks, document_positions
+from mobilellm_pro.model.attention_mask import PackedRows
+from mobilellm_pro.model.row_shard import own_shard
 from mobilellm_pro.training.frozen_teacher import FrozenTeacher, PendingHidden, load_frozen_teacher
 from mobilellm_pro.training.hidden_state_cache import CacheWriter, attach_reader
 from mobilellm_pro.training.metrics import DistillMetrics
+from mobilellm_pro.training.online_evaluation import OnlineEvaluation, evaluate_online
 
 
 class DistillTrainer(Trainer):
@@ -37,8 +39,9 @@ class DistillTrainer(Trainer):
     teacher: FrozenTeacher | None = None
     cache: CacheWriter | None = None
 
-    def __init__(self, job_config: JobConfig):
+    def __init__(self, job_config: JobConfig, evaluations: Sequence[OnlineEvaluation] = ()):
         super().__init__(job_config)
+        self.evaluations = evaluations
         self._coming: deque[dict[str, Tensor]] = deque()
         self._ahead: tuple[dict[str, Tensor], PendingHidden] | None = None
         distill = job_config.distill
@@ -88,6 +91,23 @@ class DistillTrainer(Trainer):
                 # The run was stopped between its last checkpoint and its last validation.
                 self.validator.validate(self.model_parts, self.step)
             self.cache.finish()
+        self._evaluate(self.evaluations)
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """torchtitan's step, and the evaluations due after it; those of the last step follow its checkpoint."""
+        super().train_step(data_iterator)
+        if self.step < self.last_step:
+            self._evaluate([evaluation for evaluation in self.evaluations if self.step % evaluation.freq == 0])
+
+    def _evaluate(self, evaluations: Sequence[OnlineEvaluation]) -> None:
+        evaluate_online(
+            evaluations,
+            self.model_parts[0],
+            self.step,
+            dtype=TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
+            device=self.device,
+            metrics=self.metrics_processor,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """torchtitan's part of a checkpoint; hidden states of its steps are on disk before it is."""
@@ -103,36 +123,11 @@ class DistillTrainer(Trainer):
             self._coming.append(input_dict)
             yield input_dict, labels
 
-    def post_dataloading_process(
-        self, input_dict: dict[str, Tensor], labels: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
-        """The student's masks and positions from the whole rows, then this rank's part of the rows."""
-        student, part = self.model_parts[0], self._own_part(labels.shape[1])
-        positions, document_ids = self._positions(input_dict), input_dict["document_ids"]
-        masks = build_masks(
-            student.spans(),
-            positions,
-            document_ids if self.job_config.attention.student_mask == "block_causal" else None,
-            query_start=part.start,
-            num_queries=part.stop - part.start,
-        )
-        extra = {"positions": positions[:, part], "masks": masks}
-        return input_dict["input"][:, part], labels[:, part], {}, extra
-
-    def _positions(self, input_dict: dict[str, Tensor]) -> Tensor:
-        """Of every token of the whole rows, [B, K]."""
-        tokens, document_ids = input_dict["input"], input_dict["document_ids"]
-        if self.job_config.attention.positions == "continue":
-            return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        return document_positions(document_ids)
-
-    def _own_part(self, num_tokens: int) -> slice:
-        """What of a row of so many tokens lies on this rank."""
-        if not self.parallel_dims.cp_enabled:
-            return slice(0, num_tokens)
-        length = num_tokens // self.parallel_dims.cp
-        start = self.parallel_dims.get_mesh("cp").get_local_rank() * length
-        return slice(start, start + length)
+    def _rows(self, input_dict: dict[str, Tensor]) -> PackedRows:
+        """Positions and masks of a micro-batch, and which of its tokens are this rank's."""
+        document_ids, attention = input_dict["document_ids"], self.job_config.attention
+        shard = own_shard(document_ids.shape[1], self.parallel_dims, attention.context_layout)
+        return PackedRows(document_ids, attention.positions, shard)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
@@ -152,19 +147,12 @@ class DistillTrainer(Trainer):
         """Starts the teacher on the step's next micro-batch beside the backward pass of this one."""
         if self.teacher is not None:
             input_dict.update({key: tensor.to(self.device) for key, tensor in input_dict.items()})
-            self._ahead = input_dict, self.teacher.start(**self._teacher_rows(input_dict))
+            rows = self._rows(input_dict)
+            self._ahead = input_dict, self.teacher.start(rows.shard.take(input_dict["input"]), rows)
 
-    def _teacher_rows(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
-        """What the teacher runs: arguments of `FrozenTeacher.hidden`."""
-        part = self._own_part(input_dict["input"].shape[1])
-        return {
-            "tokens": input_dict["input"][:, part],
-            "positions": self._positions(input_dict),
-            "document_ids": input_dict["document_ids"],
-            "query_start": part.start,
-        }
-
-    def _teacher_hidden(self, teacher: FrozenTeacher, input_dict: dict[str, Tensor]) -> Tensor:
+    def _teacher_hidden(
+        self, teacher: FrozenTeacher, input_dict: dict[str, Tensor], tokens: Tensor, rows: PackedRows
+    ) -> Tensor:
         """[B, S, D]: as read with the rows, or of the pass that ran ahead for them, or of one that runs now."""
         if "teacher_hidden" in input_dict:
             return input_dict.pop("teacher_hidden")  # torchtitan keeps a step's micro-batches to its end
@@ -172,24 +160,27 @@ class DistillTrainer(Trainer):
         if ahead is not None:
             assert ahead[0] is input_dict, "the teacher ran ahead on another micro-batch"
             return ahead[1].wait()
-        return teacher.hidden(**self._teacher_rows(input_dict))
+        return teacher.hidden(tokens, rows)
 
     def distillation_terms(
         self, input_dict: dict[str, Tensor], labels: Tensor, split: str = "train"
     ) -> tuple[DistillationLoss, Tensor]:
         """Runs both models on a micro-batch of a split: (sums over this rank's tokens, this rank's labels [B, S])."""
-        tokens, labels, _, extra = self.post_dataloading_process(input_dict, labels)
+        rows = self._rows(input_dict)
+        tokens, labels = rows.shard.take(input_dict["input"]), rows.shard.take(labels)
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
-            teacher_hidden = self._teacher_hidden(self.teacher, input_dict)
+            teacher_hidden = self._teacher_hidden(self.teacher, input_dict, tokens, rows)
             teacher_head = self.teacher.head
         head = partial(self._loss, labels=labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
+        student = self.model_parts[0]
+        masks = rows.masks(student.spans(), self.job_config.attention.student_mask)
         with self.maybe_enable_amp:
-            terms = self.model_parts[0](tokens, **extra, head=head)
+            terms = student(tokens, rows.positions, masks, head)
         if self.teacher is not None:
             self.teacher.release()
         if self.cache is not None and teacher_hidden is not None:  # after the loss, which refuses what is not finite
-            self.cache.keep(split, input_dict, teacher_hidden, self._own_part(input_dict["input"].shape[1]).start)
+            self.cache.keep(split, input_dict, teacher_hidden, rows.shard)
         return terms, labels
 
     def _loss(

@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import set_default_dtype
 
 from mobilellm_pro.config.job_config import Teacher as TeacherConfig
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import DocumentMask, PackedRows
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.teacher import Teacher, TeacherArgs, TeacherLayer
@@ -74,7 +74,7 @@ class FrozenTeacher:
         model: the teacher or its head alone, loaded, sharded and in evaluation mode.
         args: architecture of the whole model.
         groups: this rank's process groups.
-        block_causal: whether documents of a row are invisible to each other.
+        mask: whether the documents of a row are invisible to each other.
         resident: weights stay gathered.
     """
 
@@ -84,12 +84,12 @@ class FrozenTeacher:
         args: TeacherArgs,
         groups: TeacherGroups,
         *,
-        block_causal: bool,
+        mask: DocumentMask,
         resident: bool = False,
     ) -> None:
         self.model = model
         self.args = args
-        self.block_causal = block_causal
+        self.mask: DocumentMask = mask
         self.resident = resident
         self._rows = RowExchange(groups)
         self._stream: torch.cuda.Stream | None = None
@@ -105,45 +105,41 @@ class FrozenTeacher:
         return weight
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, positions: Tensor, document_ids: Tensor, *, query_start: int) -> Tensor:
+    def hidden(self, tokens: Tensor, rows: PackedRows) -> Tensor:
         """Last hidden states of this rank's tokens; all ranks must call it together.
 
         Args:
             tokens: [B, S] ids of this rank's part of the rows.
-            positions: [B, K] of the whole rows.
-            document_ids: [B, K] of the whole rows.
-            query_start: index in the row of this rank's first token.
+            rows: their documents, positions and masks.
 
         Returns:
             [B, S, D], after the last norm.
         """
         assert isinstance(self.model, Teacher), "only the head was loaded"
         num_rows = tokens.shape[0]
-        tokens, positions, document_ids = self._rows.before(tokens, positions, document_ids)
-        masks = build_masks(
-            self.model.spans(),
-            positions,
-            document_ids if self.block_causal else None,
-            query_start=query_start,
-            num_queries=tokens.shape[1],
-        )
-        own_positions = positions[:, query_start : query_start + tokens.shape[1]]
-        hidden = self.model(tokens, own_positions, masks, head=lambda hidden, weight: hidden)
+        tokens, document_ids = self._rows.before(tokens, rows.document_ids)
+        if document_ids is not rows.document_ids:  # else the student has the same masks, where its settings are
+            rows = PackedRows(document_ids, rows.numbering, rows.shard)
+        masks = rows.masks(self.model.spans(), self.mask)
+        hidden = self.model(tokens, rows.positions, masks, head=lambda hidden, weight: hidden)
         forget_forward(self.model)
         return self._rows.after(hidden, num_rows)
 
-    def start(self, tokens: Tensor, positions: Tensor, document_ids: Tensor, *, query_start: int) -> PendingHidden:
-        """`hidden` beside what the current stream does next, on an accelerator; elsewhere at once."""
+    def start(self, tokens: Tensor, rows: PackedRows) -> PendingHidden:
+        """`hidden` beside what the current stream does next, on an accelerator; elsewhere at once.
+
+        The masks of `rows` are then made on the other stream: nobody else may use them.
+        """
         if tokens.device.type != "cuda":
-            return PendingHidden(self.hidden(tokens, positions, document_ids, query_start=query_start), None)
+            return PendingHidden(self.hidden(tokens, rows), None)
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         # After the step's earlier work: what it released may be reused, what it made may be read.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for tensor in (tokens, positions, document_ids):
+            for tensor in (tokens, rows.positions, rows.document_ids):
                 tensor.record_stream(self._stream)
-            hidden = self.hidden(tokens, positions, document_ids, query_start=query_start)
+            hidden = self.hidden(tokens, rows)
         return PendingHidden(hidden, self._stream)
 
     def release(self) -> None:
@@ -202,7 +198,7 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def load_frozen_teacher(
     config: TeacherConfig,
-    teacher_mask: str,
+    teacher_mask: DocumentMask,
     parallel_dims: ParallelDims,
     device: torch.device,
     *,
@@ -238,8 +234,7 @@ def load_frozen_teacher(
         model.to_empty(device=device)
         load_tensors(model, config.path, slices=slices, names={HEAD} if head_only else None, show_progress=True)
     _log(model, layout, config.path)
-    block_causal = teacher_mask == "block_causal"
-    return FrozenTeacher(model.eval(), args, groups, block_causal=block_causal, resident=config.parallelism.resident)
+    return FrozenTeacher(model.eval(), args, groups, mask=teacher_mask, resident=config.parallelism.resident)
 
 
 def _place(model: Teacher | TeacherHead, groups: TeacherGroups, config: TeacherConfig) -> None:

@@ -28,6 +28,7 @@ from mobilellm_pro.data.hidden_states import HiddenStateReader, HiddenStateWrite
 from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
+from mobilellm_pro.model.row_shard import RowShard, own_shard
 from mobilellm_pro.model.tensor_files import fingerprint
 from mobilellm_pro.training.loader import MixtureLoader, last_step, open_mixture, step_rows
 
@@ -201,8 +202,8 @@ class CacheWriter:
                 teacher_path=teacher.path,
             )
 
-    def keep(self, split: str, input_dict: dict[str, Tensor], hidden_BSD: Tensor, first: int) -> None:
-        """Takes the hidden states of a micro-batch, of the tokens of each row from `first` on.
+    def keep(self, split: str, input_dict: dict[str, Tensor], hidden_BSD: Tensor, shard: RowShard) -> None:
+        """Takes the hidden states of a micro-batch, of this rank's part of each row.
 
         Raises:
             ValueError: a file could not be written.
@@ -210,7 +211,10 @@ class CacheWriter:
         self._kept.add(split)
         if self._writer is not None:
             corpora = [self._keys[split][corpus] for corpus in input_dict["corpus"].tolist()]
-            self._writer.add(corpora, input_dict["row"].tolist(), hidden_BSD, first=first)
+            pieces = shard.pieces()
+            lengths = [end - begin for begin, end in pieces]
+            for (begin, _), hidden in zip(pieces, hidden_BSD.split(lengths, dim=1), strict=True):
+                self._writer.add(corpora, input_dict["row"].tolist(), hidden, first=begin)
 
     def has_kept(self, split: str) -> bool:
         """Whether this process has run the teacher on rows of a split; the same on every rank."""
@@ -262,6 +266,5 @@ def attach_reader(config: JobConfig, loader: MixtureLoader, parallel_dims: Paral
     key, folder = cache_key(config), Path(config.teacher.cache_path)
     check_cache(folder, key, config.teacher.path)
     indexes = [CorpusIndex.open(folder, key, corpus) for corpus in corpus_keys(config, loader.mixture)]
-    num_tokens = loader.mixture.seq_len // parallel_dims.cp
-    first = parallel_dims.get_mesh("cp").get_local_rank() * num_tokens if parallel_dims.cp_enabled else 0
-    loader.hidden = HiddenStateReader(indexes, key, first=first, num_tokens=num_tokens)
+    shard = own_shard(loader.mixture.seq_len, parallel_dims, config.attention.context_layout)
+    loader.hidden = HiddenStateReader(indexes, key, pieces=shard.pieces())

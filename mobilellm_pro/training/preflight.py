@@ -5,7 +5,7 @@ seconds, with all of its problems, not one by one in the queue.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,22 @@ from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.model.tensor_files import tensor_problems
 from mobilellm_pro.training.hidden_state_cache import cache_problems
 from mobilellm_pro.training.loader import open_mixture, step_rows
+from mobilellm_pro.training.online_evaluation import OnlineEvaluation
 
 
-def problems(config: JobConfig, world_size: int) -> list[str]:
-    """All problems of a configuration on `world_size` ranks, each with what was expected and the cure."""
+def problems(config: JobConfig, world_size: int, evaluations: Sequence[OnlineEvaluation] = ()) -> list[str]:
+    """All problems of a configuration on `world_size` ranks, each with what was expected and the cure.
+
+    Args:
+        config: a loaded configuration.
+        world_size: number of processes of the job.
+        evaluations: that run while it trains.
+    """
     found = [str(problem) for problem in (*check_world_size(config, world_size), *check_machine(config, device_type))]
     for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _cache, _checkpoints):
         found += _collect(check, config, world_size)
+    for evaluation in evaluations:
+        found += evaluation.problems()
     return found
 
 

@@ -52,6 +52,7 @@ CASES = [
     ({"data__datasets": [Dataset("a", "a", 1.0), Dataset("b", "b", 0.0)]}, "data.datasets[1].weight"),
     ({"data__datasets": [Dataset("a", "a", 1.0, max_epochs=0.0)]}, "data.datasets[0].max_epochs"),
     ({"data__max_document_tokens": 0}, "data.max_document_tokens"),
+    ({"data__min_document_tokens": 0}, "data.min_document_tokens"),
     ({"training__steps": 0, "lr_scheduler__warmup_steps": 0}, "training.steps"),
     ({"training__global_batch_size": 12}, "training.global_batch_size"),
     ({"training__global_batch_size": 0}, "training.global_batch_size"),
@@ -96,6 +97,15 @@ CASES = [
     ({"fault_tolerance__enable": True}, "fault_tolerance.enable"),
     ({"parallelism__pipeline_parallel_degree": 2}, "parallelism.pipeline_parallel_degree"),
     ({"quantize__linear__float8__recipe_name": "rowwise"}, "quantize.linear.float8.recipe_name"),
+    ({"needle__enable": True}, "needle.lengths"),
+    ({"needle__enable": True, "needle__lengths": [512, 512]}, "needle.lengths"),
+    ({"needle__enable": True, "needle__lengths": [0]}, "needle.lengths"),
+    ({"needle__enable": True, "needle__lengths": [4096]}, "needle.lengths"),
+    ({"needle__enable": True, "needle__lengths": [512], "needle__freq": 0}, "needle.freq"),
+    ({"needle__enable": True, "needle__lengths": [512], "needle__depths": 0}, "needle.depths"),
+    ({"needle__enable": True, "needle__lengths": [512], "needle__needles": 0}, "needle.needles"),
+    ({"needle__enable": True, "needle__lengths": [512], "needle__batch": 0}, "needle.batch"),
+    ({"needle__enable": True, "needle__lengths": [512], "model__name": "llama4_text"}, "needle.enable"),
 ]
 
 
@@ -114,6 +124,9 @@ def test_one_disagreement(values: dict, key: str):
         {"compile__enable": True, "compile__components": ["model"], "activation_checkpoint__mode": "memory_budget"},
         {"parallelism__data_parallel_replicate_degree": 2},
         {"lr_scheduler__decay_ratio": 0.5},
+        {"needle__lengths": [0], "needle__freq": 0},
+        {"needle__enable": True, "needle__lengths": [4096], "needle__allow_longer": True},
+        {"needle__enable": True, "needle__lengths": [512, 2048]},
     ],
 )
 def test_what_is_allowed(values: dict):

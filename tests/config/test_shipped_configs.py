@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from mobilellm_pro.config import load, resolved_toml
+from mobilellm_pro.evaluation.needle_grid import Grid
+from mobilellm_pro.pipeline.ablation_grid import load_grid
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 FILES = {path: tomllib.loads(path.read_text()) for path in sorted(FOLDER.rglob("*.toml"))}
@@ -32,7 +34,8 @@ def test_it_loads(path: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_debug_has_the_same_keys(path: Path):
-    twin = FOLDER / {"debug": "mobilellm_pro_1b", "mobilellm_pro_1b": "debug"}[path.parent.name] / path.name
+    own = path.relative_to(FOLDER)
+    twin = FOLDER / {"debug": "mobilellm_pro_1b", "mobilellm_pro_1b": "debug"}[own.parts[0]] / Path(*own.parts[1:])
     if twin not in FILES:
         pytest.skip(f"no {twin.relative_to(FOLDER)} yet")
     assert keys_of(FILES[path]) == keys_of(FILES[twin])
@@ -45,3 +48,47 @@ def test_what_prepare_writes_is_what_training_reads(folder: str):
     common = FILES[FOLDER / folder / "common.toml"]["data"]
     assert {table["name"]: table["path"] for table in common["datasets"]} == written
     assert common["tokenizer"] == datasets["tokenizer"]
+
+
+GRIDS = [path for path in FILES if path.parent.name == "ablations"]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_grid_loads_with_all_its_jobs(path: Path):
+    grid = load_grid(path)
+    assert grid.job.parent == path.parents[1] and len(grid.variants) == len(FILES[path]["variant"])
+    first, *others = grid.variants
+    assert first.name == "paper" and first.train and not first.changes, "the report's phase comes first"
+    assert all(variant.changes or not variant.train for variant in others)
+    assert all(variant.config.training.steps == first.config.training.steps for variant in others)
+
+
+def test_the_grid_of_phase_2_turns_every_switch():
+    (path,) = [path for path in GRIDS if path.parts[-3:] == ("mobilellm_pro_1b", "ablations", "context.toml")]
+    grid = load_grid(path)
+    assert {key for variant in grid.variants for key in variant.changes} == {
+        "attention.student_mask",
+        "attention.teacher_mask",
+        "attention.positions",
+        "attention.rope_base",
+        "data.max_document_tokens",
+        "data.min_document_tokens",
+        "distill.objective",
+    }
+    phase_1 = load(path.parents[1] / "1_language.toml")
+    by_name = {variant.name: variant.config for variant in grid.variants}
+    assert by_name["base_of_phase_1"].attention.rope_base == phase_1.attention.rope_base
+    assert by_name["truncated_documents"].data.max_document_tokens == phase_1.training.seq_len
+    assert by_name["no_phase_2"].checkpoint.initial_load_path.startswith(phase_1.job.dump_folder)
+    test = grid.needle
+    assert (tuple(test.lengths), test.depths, test.needles) == (Grid().lengths, Grid().num_depths, Grid().num_needles)
+
+
+@pytest.mark.parametrize("path", [path for path in GRIDS if "debug" in path.parts], ids=lambda path: path.name)
+def test_debug_grids_have_the_same_variants(path: Path):
+    twin = FOLDER / "mobilellm_pro_1b/ablations" / path.name
+    ours, theirs = (
+        [(table["name"], table.get("train"), keys_of(table.get("overrides", {}))) for table in FILES[file]["variant"]]
+        for file in (path, twin)
+    )
+    assert ours == theirs

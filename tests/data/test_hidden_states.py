@@ -9,7 +9,7 @@ import pickle
 import re
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +65,10 @@ def write(folder: Path, rows: list[int], cache: CacheKey = BF16, parts: int = 1,
                 writer.add([A], [row], hidden(row, cache)[None, first : first + size], first=first)
 
 
-def reader(folder: Path, cache: CacheKey = BF16, **part: int) -> HiddenStateReader:
-    return HiddenStateReader([CorpusIndex.open(folder, cache, key) for key in (A, B)], cache, **part)
+def reader(
+    folder: Path, cache: CacheKey = BF16, pieces: Sequence[tuple[int, int]] | None = None
+) -> HiddenStateReader:
+    return HiddenStateReader([CorpusIndex.open(folder, cache, key) for key in (A, B)], cache, pieces=pieces)
 
 
 def files(folder: Path) -> list[Path]:
@@ -170,7 +172,7 @@ def test_rows_in_parts(tmp_path: Path, parts: int, first: int, num_tokens: int):
         folder = tmp_path / kind
         write(folder, [3, 4], KINDS[kind], parts)
         whole = reader(folder, KINDS[kind]).read([0], [4])
-        part = reader(folder, KINDS[kind], first=first, num_tokens=num_tokens).read([0], [4])
+        part = reader(folder, KINDS[kind], [(first, first + num_tokens)]).read([0], [4])
         assert torch.equal(part, whole[:, first : first + num_tokens])
         if kind == "bfloat16":
             assert torch.equal(whole[0], hidden(4))
@@ -198,15 +200,15 @@ def test_a_long_row_is_read_in_pieces(tmp_path: Path):
     add(0, 10_000)
     assert len(files(tmp_path)) == 2 and places(8192, 9000) == [(8192, 10_000)]
     for first, end in ((0, 10_000), (0, 5000), (5000, 10_000), (8192, 8200)):
-        part = HiddenStateReader([CorpusIndex.open(tmp_path, BF16, long)], BF16, first=first, num_tokens=end - first)
+        part = HiddenStateReader([CorpusIndex.open(tmp_path, BF16, long)], BF16, pieces=[(first, end)])
         assert torch.equal(part.read([0], [3])[0], row_SD[first:end])
     path = CorpusIndex.open(tmp_path, BF16, long).places(38_192, 38_193)[0].path
     path.write_bytes(path.read_bytes()[:-2] + b"xx")  # in the last piece
     index = CorpusIndex.open(tmp_path, BF16, long)
-    first_half = HiddenStateReader([index], BF16, first=0, num_tokens=5000).read([0], [3])
+    first_half = HiddenStateReader([index], BF16, pieces=[(0, 5000)]).read([0], [3])
     assert torch.equal(first_half[0], row_SD[:5000])
     with pytest.raises(ValueError, match="sha256 differs"):
-        HiddenStateReader([index], BF16, first=5000, num_tokens=5000).read([0], [3])
+        HiddenStateReader([index], BF16, pieces=[(5000, 10_000)]).read([0], [3])
 
 
 def test_a_process_reads_a_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobilellm_pro.model import cached_attention
-from mobilellm_pro.model.attention import Span, build_masks
-from mobilellm_pro.model.cached_attention import attend_to_cache
+from mobilellm_pro.model import tiled_attention
+from mobilellm_pro.model.attention import attend_to_cache
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.generation import continue_tokens
 from mobilellm_pro.model.kv_cache import KVCache, dequantize_tokens, quantize_tokens
+from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import FLAVORS, Student
 
 WINDOW = 8
@@ -83,19 +84,20 @@ def test_attention_in_blocks_is_attention_under_the_mask(
     generator = torch.Generator().manual_seed(num_new)
     query = torch.randn(2, 4, num_new, 6, generator=generator)
     key, value = torch.randn(2, 2, 2, num_keys, 6, generator=generator)
-    mask = build_masks(
-        {"": Span(window)}, torch.arange(num_keys).expand(2, -1), query_start=earlier, num_queries=num_new
-    )
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[""], enable_gqa=True)
+    dense = PackedRows(torch.zeros(2, num_keys)).masks({"": Span(window)})[""].dense
+    assert dense is not None
+    mask = dense[:, :, earlier:]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached_attention, "BLOCK_SCORES", limit)
+        patch.setattr(tiled_attention, "TILE_ELEMENTS", limit)
         ours = attend_to_cache(query, key, value, window)
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 
 def test_no_mask_grows_with_the_prompt(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries × keys of each product: bounded in global layers, at most 2 windows wide in local ones."""
-    monkeypatch.setattr(cached_attention, "BLOCK_SCORES", 3000)
+    monkeypatch.setattr(tiled_attention, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(tiled_attention, "SMALLEST_TILE", 1)
     made: list[tuple[int, int]] = []
     plain = torch.nn.functional.scaled_dot_product_attention
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mobilellm_pro.convert.conversion import write_safetensors
-from mobilellm_pro.model.attention import build_masks, document_positions
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.generation import continue_tokens
 from mobilellm_pro.model.hugging_face import hugging_face_name, student_args, student_config
 from mobilellm_pro.model.kv_cache import KVCache
@@ -91,10 +91,10 @@ def test_a_packed_document_is_computed_as_if_alone(student: Student) -> None:
     documents = torch.tensor([[0] * 11 + [1] * 13])
     with torch.no_grad():
         alone = student(second)
-        for positions in (torch.arange(24).expand(1, 24), document_positions(documents)):
-            packed = student(tokens, positions, build_masks(student.spans(), positions, documents))
+        for rows in (PackedRows(documents), PackedRows(documents, "reset")):
+            packed = student(tokens, rows.positions, rows.masks(student.spans()))
             torch.testing.assert_close(packed[:, 11:], alone, atol=2e-5, rtol=0)
-        open_row = student(tokens, None, build_masks(student.spans(), positions))
+        open_row = student(tokens, None, rows.masks(student.spans(), "causal"))
     assert (open_row[:, 11:] - alone).abs().max() > 0.01
 
 

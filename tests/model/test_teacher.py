@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.hugging_face import read_config, teacher_args, teacher_config
 from mobilellm_pro.model.rotary import FrequencyScaling, angles
 from mobilellm_pro.model.shard_loading import load_tensors
@@ -109,16 +109,16 @@ def test_packed_rows_equal_stock_transformers_with_explicit_masks(stock: Llama4F
     """With positions that go on, transformers does not notice documents; it is given the masks."""
     documents = (torch.arange(LENGTH) > 20).long() + (torch.arange(LENGTH) > 37).long()
     documents = documents.expand(2, LENGTH)
-    teacher, positions = load(folder), torch.arange(LENGTH).expand(2, LENGTH)
-    masks = build_masks(teacher.spans(), positions, documents)
+    teacher, rows = load(folder), PackedRows(documents)
+    masks = rows.masks(teacher.spans())
     names = {"full": "full_attention", "chunked": "chunked_attention"}
     theirs = stock(
         tokens(),
         attention_mask={
-            names[kind]: torch.where(mask, 0.0, torch.finfo(torch.float32).min) for kind, mask in masks.items()
+            names[kind]: torch.where(mask.dense, 0.0, torch.finfo(torch.float32).min) for kind, mask in masks.items()
         },
     ).logits
-    ours = teacher(tokens(), positions, masks)
+    ours = teacher(tokens(), rows.positions, masks)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (ours - teacher(tokens())).abs().max() > 1e-2
 

@@ -6,12 +6,13 @@ always. Bytes allocated are those that torch's profiler sees; resident bytes are
 """
 
 import gc
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,10 +25,12 @@ from torchtitan.tools.utils import device_type
 
 from mobilellm_pro.config import JobConfig, load
 from mobilellm_pro.losses import linear_distillation
+from mobilellm_pro.model import key_exchange
 from mobilellm_pro.model import student as student_module
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.parallelize import parallelize_student
 from mobilellm_pro.model.registry import configured_args, model_on_meta
+from mobilellm_pro.model.row_shard import RowShard
 from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import FLAVORS as TEACHER_FLAVORS
 from mobilellm_pro.model.teacher import Teacher, TeacherArgs
@@ -141,11 +144,11 @@ class Step:
         vocabulary = student.model_args.vocab_size
         shape = (training.local_batch_size, training.seq_len)
         self.tokens, self.labels = (torch.randint(vocabulary, shape, device=device_type) for _ in range(2))
+        # A plan describes the context-parallel rank with the last part of the rows.
+        self.shard = RowShard(shape[1], dims.cp, dims.cp - 1, config.attention.context_layout == "head_tail")
         self.document_ids = torch.zeros(shape, dtype=torch.int64, device=device_type)
-        self.positions = torch.arange(shape[1], device=device_type).expand(shape)
-        if dims.cp_enabled:
-            part = shape[1] // dims.cp
-            self.tokens, self.labels = self.tokens[:, :part], self.labels[:, :part]
+        self.tokens, self.labels = self.shard.take(self.tokens), self.shard.take(self.labels)
+        self.rows: Any = None
         self.teacher = None
         if teacher_args is not None:
             self.teacher = self._frozen(teacher_args, dims.world_size)
@@ -162,19 +165,19 @@ class Step:
         shard_frozen(model, groups, resident=resident)
         model.to_empty(device=device_type)
         model.init_weights()
-        return FrozenTeacher(model.eval(), args, groups, block_causal=True, resident=resident)
+        return FrozenTeacher(model.eval(), args, groups, mask="block_causal", resident=resident)
 
     def run_teacher(self) -> None:
         """The teacher's hidden states."""
+        self.rows = PackedRows(self.document_ids, "continue", self.shard)
         if self.teacher is not None:
-            self.hidden = self.teacher.hidden(self.tokens, self.positions, self.document_ids, query_start=0)
+            self.hidden = self.teacher.hidden(self.tokens, self.rows)
 
     def run_student(self) -> None:
         """The student up to, and without, the loss."""
-        length = self.tokens.shape[1]
-        masks = build_masks(self.student.spans(), self.positions, self.document_ids, num_queries=length)
+        masks = self.rows.masks(self.student.spans())
         with self.amp:
-            self.last = self.student(self.tokens, self.positions[:, :length], masks, head=lambda *pair: pair)
+            self.last = self.student(self.tokens, self.rows.positions, masks, head=lambda *pair: pair)
             if isinstance(self.amp, torch.autocast):
                 dtype = TORCH_DTYPE_MAP[self.config.training.mixed_precision_param]
                 self.last = tuple(tensor.to(dtype) for tensor in self.last)
@@ -223,7 +226,7 @@ def measure_memory(config: JobConfig, world_size: int, teacher: TeacherArgs | No
     """The second step: bytes held, kept and allocated."""
     measured = Measured()
     gc.collect()  # what an earlier measurement left behind would be freed in this one
-    with fake_ranks(config, world_size) as dims:
+    with fake_ranks(config, world_size) as dims, counted_keys():
 
         def first_step() -> None:
             nonlocal step
@@ -258,7 +261,7 @@ def _measure_held(step: Step, measured: Measured) -> None:
 def measure_flops(config: JobConfig, world_size: int, teacher: TeacherArgs | None) -> dict[str, int]:
     """Products of one step as torch's counter sees them, with the CPU's kernels that it does not know."""
     counted = {}
-    with fake_ranks(config, world_size) as dims:
+    with fake_ranks(config, world_size) as dims, counted_keys():
         step = Step(config, teacher, dims)
         for name, part in step.parts().items():
             with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
@@ -284,15 +287,34 @@ def measure_resident(config: JobConfig, teacher: TeacherArgs | None) -> int:
 
 def measure_transfers(config: JobConfig, world_size: int, teacher: TeacherArgs | None) -> float:
     """Bytes that the collectives of one step would bring to rank 0."""
-    with fake_ranks(config, world_size) as dims:
+    with fake_ranks(config, world_size) as dims, counted_keys() as keys:
         step = Step(config, teacher, dims)
         for part in step.parts().values():  # what stays gathered is gathered here
             part()
         step.clear()
+        keys.clear()
         with Arriving() as arriving:
             for part in step.parts().values():
                 part()
-        return arriving.num_bytes
+        return arriving.num_bytes + sum(keys)
+
+
+@contextmanager
+def counted_keys() -> Iterator[list[int]]:
+    """Keys and values come from nowhere, and their bytes are listed.
+
+    torch's fake backend copies what is sent to where something is received; the last part of a row sends nothing.
+    """
+    received_bytes: list[int] = []
+
+    def arrive(sent: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Any) -> Tensor:
+        received = sent.new_zeros(sum(receive), *sent.shape[1:])
+        received_bytes.append(received.nbytes)
+        return received
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_exchange, "_all_to_all", arrive)
+        yield received_bytes
 
 
 class Arriving(TorchDispatchMode):

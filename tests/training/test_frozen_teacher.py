@@ -9,7 +9,8 @@ import torch
 from mobilellm_pro.config import load
 from mobilellm_pro.config.job_config import Teacher as TeacherConfig
 from mobilellm_pro.config.job_config import TeacherParallelism
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import DocumentMask, PackedRows, Positions
+from mobilellm_pro.model.row_shard import RowShard
 from mobilellm_pro.model.teacher import Teacher
 from mobilellm_pro.training.preflight import problems
 from tests.model.test_teacher import ARGS as TEACHER_ARGS
@@ -34,6 +35,7 @@ class Case:
     resident: bool = False
     student_tensor: int = 1
     context: int = 1
+    head_tail: bool = False
     rows: int = ROWS
     rows_named: str = "packed"
     compile: bool = False
@@ -46,7 +48,7 @@ class Case:
 
 
 CASES = {
-    1: [Case(), Case(rows_named="whole"), Case(rows_named="shifted")],
+    1: [Case(), Case(rows_named="whole"), Case(rows_named="reset")],
     2: [
         Case(),
         Case(rows_named="whole"),
@@ -71,8 +73,8 @@ CASES = {
         Case(expert=4, shard=2),
         Case(expert=2, resident=True),
         Case(tensor=2, expert=2),
-        Case(tensor=2, rows_named="shifted"),
-        Case(student_tensor=2, context=2, rows_named="shifted"),
+        Case(tensor=2, rows_named="reset"),
+        Case(student_tensor=2, context=2, rows_named="reset"),
         Case(tensor=2, expert=2, student_tensor=2),
         Case(student_tensor=2),
         Case(student_tensor=2, tensor=4),
@@ -81,6 +83,8 @@ CASES = {
         Case(student_tensor=4, tensor=4),
         Case(context=2),
         Case(context=4),
+        Case(context=4, head_tail=True, rows_named="whole"),
+        Case(context=2, head_tail=True, tensor=2, rows_named="reset"),
         Case(context=2, tensor=2),
         Case(context=2, expert=2),
         Case(context=2, student_tensor=2),
@@ -91,12 +95,12 @@ CASES = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens that differ in their documents, and perhaps in their positions."""
+    """Rows of tokens that differ in their documents."""
 
     tokens: torch.Tensor
-    positions: torch.Tensor
     document_ids: torch.Tensor
-    mask: str
+    positions: Positions
+    mask: DocumentMask
     hidden: torch.Tensor
     """What to expect, [B, K, D]."""
 
@@ -104,29 +108,27 @@ class Rows:
 def make_rows() -> dict[str, Rows]:
     """`packed` and `whole`: stock Llama 4 under explicit masks, without which it does not notice documents.
 
-    `shifted`: every row starts at another position. Stock Llama 4 scales queries by the index in the row, whatever the
+    `reset`: positions start at 0 in every document. Stock Llama 4 scales queries by the index in the row, whatever the
     position ids say, so that these are the hidden states of our model in one piece.
     """
     generator = torch.Generator().manual_seed(6)
     tokens = torch.randint(0, ARGS.vocab_size, (ROWS, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
-    shifted = positions + 5 * torch.arange(ROWS).unsqueeze(1)
     document_ids = (torch.rand(ROWS, LENGTH, generator=generator) < 0.06).long().cumsum(1)
     assert all(len(row.unique()) > 1 for row in document_ids)
     stock = stock_model(ARGS)
     ours = Teacher(ARGS)
     ours.load_state_dict({name.removeprefix("model."): tensor for name, tensor in stock.state_dict().items()})
-    rows = {}
-    for name, mask, documents in (("packed", "block_causal", document_ids), ("whole", "causal", None)):
-        visible = build_masks(ours.spans(), positions, documents)
+    rows, masks = {}, dict[str, DocumentMask](packed="block_causal", whole="causal")
+    for name, mask in masks.items():
+        visible = PackedRows(document_ids).masks(ours.spans(), mask)
         names = {"full": "full_attention", "chunked": "chunked_attention"}
         lowest = torch.finfo(torch.float32).min
-        dense = {names[kind]: torch.where(keep, 0.0, lowest) for kind, keep in visible.items()}
+        dense = {names[kind]: torch.where(keep.dense, 0.0, lowest) for kind, keep in visible.items()}
         hidden = stock.model(tokens, attention_mask=dense)[0]
-        rows[name] = Rows(tokens, positions, document_ids, mask, hidden)
-    masks = build_masks(ours.spans(), shifted, document_ids)
-    hidden = ours(tokens, shifted, masks, head=lambda hidden, weight: hidden)
-    return rows | {"shifted": Rows(tokens, shifted, document_ids, "block_causal", hidden)}
+        rows[name] = Rows(tokens, document_ids, "continue", mask, hidden)
+    reset = PackedRows(document_ids, "reset")
+    hidden = ours(tokens, reset.positions, reset.masks(ours.spans()), head=lambda hidden, weight: hidden)
+    return rows | {"reset": Rows(tokens, document_ids, "reset", "block_causal", hidden)}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stock_model(ARGS).save_pretrained(path, max_shard_size="400KB")
     with torch.no_grad():
         rows = make_rows()
-    for one, other in (("packed", "whole"), ("packed", "shifted")):
+    for one, other in (("packed", "whole"), ("packed", "reset")):
         assert (rows[one].hidden - rows[other].hidden).abs().max() > 1e-2
     torch.save(rows, path / "rows.pt")
     return path
@@ -162,17 +164,17 @@ def _largest_error(folder: Path, case: Case, rows: Rows, world_size: int) -> flo
 
     dims = ParallelDims(1, -1, case.context, case.student_tensor, pp=1, ep=1, etp=1, world_size=world_size)
     teacher = load_frozen_teacher(case.config(folder), rows.mask, dims, torch.device("cpu"))
-    rank, num_rows, length = dist.get_rank(), case.rows // dims.dp_shard, LENGTH // case.context
+    rank, num_rows = dist.get_rank(), case.rows // dims.dp_shard
     first = rank // (case.context * case.student_tensor) * num_rows
-    own, start = slice(first, first + num_rows), rank // case.student_tensor % case.context * length
+    own = slice(first, first + num_rows)
+    shard = RowShard(LENGTH, case.context, rank // case.student_tensor % case.context, case.head_tail)
     error = 0.0
     for _ in range(2):  # the second finds the weights as the first left them
-        hidden = teacher.hidden(
-            rows.tokens[own, start : start + length], rows.positions[own], rows.document_ids[own], query_start=start
-        )
+        packed = PackedRows(rows.document_ids[own], rows.positions, shard)
+        hidden = teacher.hidden(shard.take(rows.tokens[own]), packed)
         head = teacher.head
         assert head.shape == (ARGS.vocab_size, ARGS.hidden_size) and not hidden.requires_grad
-        error = max(error, (hidden - rows.hidden[own, start : start + length]).abs().max().item())
+        error = max(error, (hidden - shard.take(rows.hidden[own])).abs().max().item())
         teacher.release()
     assert passes_remembered(teacher.model) == 0, "FSDP2's record of forward passes would grow without end"
     return error
@@ -305,8 +307,8 @@ def quantized(folder: Path, compiled: bool) -> tuple[float, dict[str, tuple[str,
     layout = replace(layout, quantization="float8")
     teacher = load_frozen_teacher(layout, "block_causal", dims, torch.device("cpu"))
     rows = torch.load(folder / "rows.pt", weights_only=False)["packed"]
-    arguments = (rows.tokens, rows.positions, rows.document_ids)
-    hidden = teacher.hidden(*arguments, query_start=0)
+    packed = PackedRows(rows.document_ids)
+    hidden = teacher.hidden(rows.tokens, packed)
     found = {}
     for (name, full), (_, kept) in zip(plain.model.named_parameters(), teacher.model.named_parameters(), strict=True):
         restored = kept.dequantize() if type(kept.data) is not torch.Tensor else kept
@@ -315,7 +317,7 @@ def quantized(folder: Path, compiled: bool) -> tuple[float, dict[str, tuple[str,
         error = ((restored - full).abs() / allowed).max().item()
         found[name] = type(kept.data).__name__, error if kept is not restored else float(not torch.equal(kept, full))
         full.data.copy_(restored)
-    return (hidden - plain.hidden(*arguments, query_start=0)).abs().max().item(), found
+    return (hidden - plain.hidden(rows.tokens, packed)).abs().max().item(), found
 
 
 @pytest.mark.parametrize(("world_size", "compiled"), [(1, False), (1, True), (4, False)])
@@ -355,8 +357,8 @@ def on_a_gpu(folder: Path) -> tuple[float, bool]:
     dims = ParallelDims(1, -1, 1, 1, pp=1, ep=1, etp=1, world_size=1)
     teacher = load_frozen_teacher(Case().config(folder), "block_causal", dims, device)
     rows = torch.load(folder / "rows.pt", weights_only=False)["packed"]
-    arguments = [tensor.to(device) for tensor in (rows.tokens, rows.positions, rows.document_ids)]
-    hidden = teacher.hidden(*arguments, query_start=0)
+    arguments = [tensor.to(device) for tensor in (rows.tokens, rows.document_ids)]
+    hidden = teacher.hidden(arguments[0], PackedRows(arguments[1]))
     teacher._stream = torch.cuda.Stream()
     same = True
     for _ in range(3):
@@ -364,11 +366,12 @@ def on_a_gpu(folder: Path) -> tuple[float, bool]:
         torch.cuda._sleep(
             100_000_000
         )  # inputs that are late, and a pass that ends late: who does not wait reads garbage
-        late = [tensor + torch.zeros_like(tensor) for tensor in arguments]
+        tokens, documents = (tensor + torch.zeros_like(tensor) for tensor in arguments)
+        late = PackedRows(documents)
         with torch.cuda.stream(teacher._stream):
             torch.cuda._sleep(200_000_000)
-        pending = teacher.start(*late, query_start=0)
-        del late
+        pending = teacher.start(tokens, late)
+        del tokens, documents, late
         busy = torch.randn(2048, 2048, device=device)
         busy = torch.tanh(busy @ busy)  # the backward pass that it runs beside
         same = same and torch.equal(pending.wait() @ teacher.head.T, hidden @ teacher.head.T)

@@ -7,6 +7,8 @@ from tests.training.small_world import SmallWorld, losses
 
 TP2 = ("--parallelism.tensor_parallel_degree", "2")
 CP2 = ("--parallelism.context_parallel_degree", "2")
+HEAD_TAIL = ("--attention.context_layout", "head_tail")
+COMPILED = ("--compile.enable", "--compile.components", "model", "--compile.backend", "aot_eager")
 HSDP = ("--parallelism.data_parallel_replicate_degree", "2")
 HALF_BATCH = ("--training.local_batch_size", "2")
 VALIDATION = ("--validation.enable", "--validation.seq_len", "64", "--validation.freq", "3")
@@ -15,6 +17,8 @@ VALIDATION = ("--validation.enable", "--validation.seq_len", "64", "--validation
 LAYOUTS = {
     "TP2": (2, 1, TP2),
     "CP2": (2, 1, CP2),
+    "CP2, head and tail": (2, 1, (*CP2, *HEAD_TAIL)),
+    "CP2, compiled": (2, 1, (*CP2, *COMPILED)),
     "TP2xCP2": (4, 1, (*TP2, *CP2)),
     "FSDP2": (2, 2, ()),
     "FSDP2xTP2": (4, 2, TP2),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mobilellm_pro.config import load
-from mobilellm_pro.model.attention import build_masks
+from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.teacher import Teacher
@@ -36,6 +36,7 @@ LAYOUTS = {
     "accumulate2": (1, (*BF16, *HALF)),
     "FSDP2": (2, (*BF16, *HALF)),
     "CP2": (2, CP2),
+    "CP2, head and tail": (2, (*CP2, "--attention.context_layout", "head_tail")),
     "TP2": (2, TP2),
 }
 
@@ -106,10 +107,10 @@ def test_workers_read_each_row_its_own_hidden_states(world: SmallWorld, written:
     loader = MixtureLoader(open_mixture(config.data, "train", 64), 2, 1, 2, num_workers=workers)
     attach_reader(config, loader, SimpleNamespace(cp=1, cp_enabled=False))
     for _, (rows, _labels) in zip(range(3), loader, strict=False):
-        positions = torch.arange(64).expand(2, 64)
-        masks = build_masks(teacher.spans(), positions, rows["document_ids"])
+        packed = PackedRows(rows["document_ids"])
+        masks = packed.masks(teacher.spans())
         with torch.no_grad():
-            expected = teacher(rows["input"], positions, masks, head=lambda hidden, weight: hidden)
+            expected = teacher(rows["input"], packed.positions, masks, head=lambda hidden, weight: hidden)
         torch.testing.assert_close(rows["teacher_hidden"], expected, rtol=1e-4, atol=1e-5)
 
 
