@@ -7,10 +7,14 @@
 order     one hash of the token stream of 200 global steps, for 1, 2, 3, 4 and 8 ranks, with 0 and 2 workers each, and
           with new loaders from the saved states after every 7th step
 loader    tokens a second of core time (all threads of the process): ours; torchtitan's text loader, which tokenizes as
-          it goes; `datasets` streaming and interleaving parquet files whose tokens were made ahead
-tokenize  `prepare` against tiktoken alone, two processes each, on the same text, in turns
+          it goes (all corpora one after another); `datasets` streaming and interleaving parquet files whose tokens were
+          made ahead. `datasets` draws documents and ours rows, so shares of tokens are made equal: once those of
+          WEIGHTS, once those that follow when WEIGHTS are shares of documents, which are then longer
+tokenize  `prepare` against tiktoken alone on the same text, in turns: two processes each, by the clock; and one process
+          in core time. tiktoken runs with the split pattern as published and with the equal one that `Tokenizer` has
 document  most resident memory of `prepare` and its workers while a document of 200 MB is among the input
-open      a corpus of 20 million documents (an index, and a .bin without content): seconds and memory to open it
+open      a corpus of 20 million documents (an index, and a .bin without content): seconds and memory to open it, all of
+          it and the long documents only
 
 Times are ratios within one run; every loader reads the same corpora.
 """
@@ -32,19 +36,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from machine import describe
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.data.dataset_config import load_datasets_config
-from mobilellm_pro.data.documents import read_documents
+from mobilellm_pro.data.documents import Document, read_documents
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.manifest import Manifest, ShardRecord, write_manifest
 from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shard_index import write_index
 from mobilellm_pro.data.shards import Corpus
-from mobilellm_pro.data.tokenizer import Tokenizer, find_llama4_file
+from mobilellm_pro.data.special_tokens import EOS
+from mobilellm_pro.data.text_parts import tokenize_part
+from mobilellm_pro.data.tokenizer import SPLIT_PATTERN, Tokenizer, find_llama4_file
 from mobilellm_pro.training.loader import MixtureLoader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,10 +59,10 @@ DATASETS_TOML = ROOT / "train_configs/debug/datasets.toml"
 WEIGHTS = {"encyclopedia": 0.4, "code": 0.3, "questions": 0.15, "mathematics": 0.1, "manuals": 0.05}
 
 
-def mixture(folder: Path, seq_len: int) -> Mixture:
-    """The debug corpora with unequal weights."""
-    streams = [CorpusStream(Corpus.open(folder / name), seq_len=seq_len, seed=1) for name in WEIGHTS]
-    return Mixture(streams, list(WEIGHTS.values()), seed=1)
+def mixture(folder: Path, seq_len: int, weights: dict[str, float] = WEIGHTS) -> Mixture:
+    """The debug corpora with unequal shares of the tokens."""
+    streams = [CorpusStream(Corpus.open(folder / name), seq_len=seq_len, seed=1) for name in weights]
+    return Mixture(streams, list(weights.values()), seed=1, renormalize=True)
 
 
 # order
@@ -102,21 +109,34 @@ def order_hash(rows: Mixture, ranks: int, workers: int, restart: int | None, ste
 
 def loader(folder: Path, work: Path, repeats: int) -> list[str]:
     """Tokens a second of core time of each loader, interleaved, at two lengths."""
-    lines = ["| tokens a row | loader | tokens/s of core time (least, most) | ours is faster by |", "|---|---|---|---|"]
-    makers = {"ours": ours, "torchtitan text loader": torchtitan_text, "datasets interleave, tokenized": interleave}
+    head = "| tokens a row | tokens a document | loader | tokens/s of core time (least, most) | ours is faster by |"
+    lines = [head, "|---|---|---|---|---|"]
     prepare_peers(folder, work)
-    for seq_len in (2048, 131072):
-        speeds: dict[str, list[float]] = {name: [] for name in makers}
-        for _ in range(repeats):
-            for name, make in makers.items():
-                # Ours would be over before the clock has moved.
-                tokens = 2**26 if name == "ours" else 2**20 if "torchtitan" in name else 2**22
-                speeds[name].append(core_speed(partial(make, folder, work, seq_len), seq_len, tokens))
-        best = statistics.median(speeds["ours"])
-        for name, values in speeds.items():
-            middle = statistics.median(values)
-            spread = f"{middle:,.0f} ({min(values):,.0f}, {max(values):,.0f})"
-            lines.append(f"| {seq_len:,} | {name} | {spread} | {best / middle:.1f} × |")
+    means = {name: corpus.num_tokens / corpus.num_documents for name, corpus in opened(folder).items()}
+    for documents in (
+        {name: weight / means[name] for name, weight in WEIGHTS.items()},  # so many that WEIGHTS are shares of tokens
+        WEIGHTS,
+    ):
+        shares = {name: weight / sum(documents.values()) for name, weight in documents.items()}
+        tokens = {name: share * means[name] for name, share in shares.items()}
+        makers: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
+            "ours": partial(ours, weights=tokens),
+            "torchtitan text loader": torchtitan_text,
+            "datasets interleave, tokenized": partial(interleave, shares=shares),
+        }
+        for seq_len in (2048, 131072):
+            speeds: dict[str, list[float]] = {name: [] for name in makers}
+            for _ in range(repeats):
+                for name, make in makers.items():
+                    # Ours would be over before the clock has moved.
+                    count = 2**26 if name == "ours" else 2**20 if "torchtitan" in name else 2**22
+                    speeds[name].append(core_speed(partial(make, folder, work, seq_len), seq_len, count))
+            best = statistics.median(speeds["ours"])
+            for name, values in speeds.items():
+                middle = statistics.median(values)
+                spread = f"{middle:,.0f} ({min(values):,.0f}, {max(values):,.0f})"
+                size = f"{sum(tokens.values()):,.0f}"
+                lines.append(f"| {seq_len:,} | {size} | {name} | {spread} | {best / middle:.1f} × |")
     return lines
 
 
@@ -135,9 +155,9 @@ def batch_rows(seq_len: int) -> int:
     return max(1, 2**15 // seq_len)
 
 
-def ours(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]:
+def ours(folder: Path, work: Path, seq_len: int, *, weights: dict[str, float] = WEIGHTS) -> Iterator[torch.Tensor]:
     """The loader of this project, as the trainer drives it, without workers."""
-    for inputs, _ in MixtureLoader(mixture(folder, seq_len), batch_rows(seq_len), 0, 1):
+    for inputs, _ in MixtureLoader(mixture(folder, seq_len, weights), batch_rows(seq_len), 0, 1):
         yield inputs["input"]
 
 
@@ -146,7 +166,7 @@ def prepare_peers(folder: Path, work: Path) -> None:
     from datasets import Dataset
 
     os.environ["HF_HOME"] = str(work / "hugging_face")
-    tokenizer = Tokenizer.load(ROOT / "tests/assets/debug_tokenizer.model")
+    tokenizer = Tokenizer.load(str(ROOT / "tests/assets/debug_tokenizer.model"))
     write_hugging_face_tokenizer(tokenizer, work / "tokenizer")
     (work / "text").mkdir()
     for name in WEIGHTS:
@@ -170,15 +190,18 @@ def torchtitan_text(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Te
         yield inputs["input"]
 
 
-def interleave(folder: Path, work: Path, seq_len: int) -> Iterator[torch.Tensor]:
-    """`datasets` streaming parquet of token ids, interleaved by weight and packed, in its fastest format for arrays."""
+def opened(folder: Path) -> dict[str, Corpus]:
+    """The debug corpora by name."""
+    return {name: Corpus.open(folder / name) for name in WEIGHTS}
+
+
+def interleave(folder: Path, work: Path, seq_len: int, *, shares: dict[str, float]) -> Iterator[torch.Tensor]:
+    """`datasets` streaming parquet of token ids, its documents drawn by `shares` and packed, as numpy, its fastest."""
     from datasets import interleave_datasets, load_dataset
 
     files = [str(work / f"{name}.parquet") for name in WEIGHTS]
     streams = [load_dataset("parquet", data_files=f, split="train", streaming=True).with_format("numpy") for f in files]
-    mixed = interleave_datasets(
-        streams, probabilities=list(WEIGHTS.values()), seed=1, stopping_strategy="all_exhausted"
-    )
+    mixed = interleave_datasets(streams, probabilities=list(shares.values()), seed=1, stopping_strategy="all_exhausted")
     held: list[np.ndarray] = []
     count, wanted = 0, batch_rows(seq_len) * (seq_len + 1)
     while True:
@@ -209,12 +232,21 @@ def tokenize(folder: Path, work: Path, repeats: int) -> list[str]:
         with gzip.open(files[-1], "wt", compresslevel=1) as file:
             for document in documents[part::2] * 2:
                 file.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
-    lines = ["| tokenizer | tiktoken alone MB/s | prepare MB/s | prepare / tiktoken |", "|---|---|---|---|"]
+    lines = [
+        "| tokenizer | time | tiktoken, published pattern MB/s | tiktoken, our pattern | prepare | prepare / each |",
+        "|---|---|---|---|---|---|",
+    ]
     for tokenizer in tokenizers():
+        rows: list[tuple[str, list[float]]] = []
         for number in range(repeats):
-            raw = raw_tiktoken_speed(files, tokenizer)
-            ours = prepare_speed(files, tokenizer, work / f"prepared_{number}")
-            lines.append(f"| {Path(tokenizer).stem} | {raw:.2f} | {ours:.2f} | {ours / raw:.2f} |")
+            alone = [raw_speed(files, tokenizer, pattern) for pattern in (SPLIT_PATTERN, "")]
+            rows.append(("wall", [*alone, prepare_speed(files, tokenizer, work / f"prepared_{number}")]))
+        rows.append((f"core, best of {2 * repeats}", core_speeds(documents, tokenizer, work, 2 * repeats)))
+        for name, (published, grouped, ours) in rows:
+            ratios = f"{ours / published:.2f}, {ours / grouped:.2f}"
+            lines.append(
+                f"| {Path(tokenizer).stem} | {name} | {published:.2f} | {grouped:.2f} | {ours:.2f} | {ratios} |"
+            )
     return lines
 
 
@@ -238,20 +270,71 @@ def prepare_speed(files: list[Path], tokenizer: str, output: Path) -> float:
     return sum(float(speed) for speed in re.findall(r"\(([\d.]+) MB/s\)", done.stdout))
 
 
-def raw_tiktoken_speed(files: list[Path], tokenizer: str) -> float:
+def raw_speed(files: list[Path], tokenizer: str, pattern: str) -> float:
     """MB/s of `encode_ordinary`, one process a file, all texts read before; added up."""
     with multiprocessing.get_context("spawn").Pool(len(files)) as pool:
-        return sum(pool.starmap(_raw_speed, [(file, tokenizer) for file in files], chunksize=1))
+        return sum(pool.starmap(_raw_speed, [(file, tokenizer, pattern) for file in files], chunksize=1))
 
 
-def _raw_speed(file: Path, tokenizer: str) -> float:
-    encode = Tokenizer.load(tokenizer)._encoding.encode_ordinary
+def _raw_speed(file: Path, source: str, pattern: str) -> float:
+    encode = raw_encoder(Tokenizer.load(source), pattern)
     with gzip.open(file, "rt") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     begin = time.perf_counter()
+    encode_all(encode, texts)
+    return utf8_bytes(texts) / 1e6 / (time.perf_counter() - begin)
+
+
+def raw_encoder(tokenizer: Tokenizer, pattern: str) -> Callable[[str], list[int]]:
+    """`encode_ordinary` with a split pattern, "" for that of `Tokenizer`."""
+    if not pattern:
+        return tokenizer._encoding.encode_ordinary
+    special = {EOS: tokenizer.eos_id}
+    return tiktoken.Encoding(
+        "p", pat_str=pattern, mergeable_ranks=tokenizer.ranks, special_tokens=special
+    ).encode_ordinary
+
+
+def encode_all(encode: Callable[[str], list[int]], texts: list[str]) -> None:
+    """Encodes and forgets."""
     for text in texts:
         encode(text)
-    return sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6 / (time.perf_counter() - begin)
+
+
+def utf8_bytes(texts: list[str]) -> int:
+    """Of all texts together."""
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+
+def core_speeds(documents: list[Document], source: str, work: Path, repeats: int, blocks: int = 6) -> list[float]:
+    """MB a second of core time of tiktoken with either pattern and of a part of `prepare`, all in this process.
+
+    They take turns on a few megabytes at a time, and of each turn the least of all repeats counts: what else runs on
+    the machine then slows all of them alike.
+    """
+    tokenizer = Tokenizer.load(source)
+    encoders = [raw_encoder(tokenizer, pattern) for pattern in (SPLIT_PATTERN, "")]
+    least, size = np.full((blocks, 3), np.inf), 0
+    for block in range(blocks):
+        texts = [document.text for document in documents[block::blocks]]
+        size += utf8_bytes(texts)
+        file, toml = work / f"block_{block}.jsonl.gz", work / "block.toml"
+        with gzip.open(file, "wt", compresslevel=1) as lines:
+            lines.writelines(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+        toml.write_text(f'tokenizer = "{source}"\noutput = "{work}"\n[[dataset]]\nname = "b"\nsource = "{file}"\n')
+        dataset, folder = load_datasets_config(toml).datasets[0], work / f"block_{block}"
+        calls: list[Callable[[], object]] = [partial(encode_all, encode, texts) for encode in encoders]
+        calls.append(
+            partial(
+                tokenize_part, dataset, dataset.sources(), folder, 0, tokenizer, threads=1, progress=lambda *_: None
+            )
+        )
+        for _ in range(repeats):
+            for number, call in enumerate(calls):
+                begin = time.process_time()
+                call()
+                least[block, number] = min(least[block, number], time.process_time() - begin)
+    return (size / 1e6 / least.sum(axis=0)).tolist()
 
 
 # document
@@ -320,19 +403,21 @@ def open_corpus(folder: Path, work: Path, repeats: int) -> list[str]:
         "before, t0 = status('VmRSS'), time.perf_counter()\n"
         "corpus = Corpus.open(sys.argv[1])\n"
         "t1 = time.perf_counter()\n"
-        "mixture = Mixture([CorpusStream(corpus, seq_len=2048, seed=1)], [1.0], seed=1)\n"
+        "stream = CorpusStream(corpus, seq_len=2048, seed=1, min_document_tokens=int(sys.argv[2]) or None)\n"
+        "mixture = Mixture([stream], [1.0], seed=1)\n"
         "batch(mixture, 500_000 * 680, 1)\n"
         "t2 = time.perf_counter()\n"
         "batch(mixture, 500_001 * 680, 16)\n"
         "t3 = time.perf_counter()\n"
         "grown = status('VmHWM') - before\n"
-        "print(f'| {t1 - t0:.2f} | {t2 - t1:.2f} | {1000 * (t3 - t2):.0f} | {grown:.0f} |')"
+        "print(f'| {sys.argv[2]} | {t1 - t0:.2f} | {t2 - t1:.2f} | {1000 * (t3 - t2):.0f} | {grown:.0f} |')"
     )
     lines = [
-        "| open s | first row of step 500,000 s | next 16 rows ms | growth of resident peak MiB |", "|---|---|---|---|"
-    ]  # fmt: skip
-    for _ in range(repeats):
-        command = [sys.executable, "-c", script, str(corpus)]
+        "| least tokens | open s | first row of step 500,000 s | next 16 rows ms | growth of resident peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for least in [0] * repeats + [990] * repeats:
+        command = [sys.executable, "-c", script, str(corpus), str(least)]
         lines.append(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip())
     return lines
 

@@ -16,7 +16,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mobilellm_pro.data.packing import Pieces, check_sizes, describe_options
+from mobilellm_pro.data.document_limits import DocumentLimits, check_positive
+from mobilellm_pro.data.packing import Pieces
 from mobilellm_pro.data.row_assignment import RowAssignment
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.shuffle import BlockShuffle, Recent, hash_key, sum_blocks
@@ -27,25 +28,27 @@ _CACHED_GROUPS = 4
 class BestFitRows:
     """Rows of one corpus by number, as `CorpusStream`, with padding instead of split documents."""
 
-    def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None) -> None:
+    def __init__(
+        self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None,
+        min_document_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             corpus: an opened split.
             seq_len: inputs of a row, in tokens.
             seed: any integer; the corpus name goes in too.
             max_document_tokens: read only the first so many tokens of every document.
+            min_document_tokens: read only documents that have at least so many tokens on disk.
 
         Raises:
-            ValueError: the corpus is smaller than one row; a number below 1; damaged files of an earlier assignment.
+            ValueError: what is read of the corpus is smaller than one row; a number below 1; damaged files of an
+                earlier assignment.
         """
-        check_sizes(seq_len, max_document_tokens)
-        if corpus.num_tokens < seq_len + 1:
-            raise ValueError(
-                f"{corpus.folder}: the split {corpus.split!r} has {corpus.num_tokens} tokens, fewer than one sequence "
-                f"of seq_len + 1 = {seq_len + 1}: shorten seq_len or give more text"
-            )
-        self.corpus, self.seq_len, self.max_document_tokens = corpus, seq_len, max_document_tokens
-        self._assignment = RowAssignment.of(corpus, seq_len + 1, max_document_tokens)
+        check_positive(seq_len=seq_len)
+        self.corpus, self.seq_len = corpus, seq_len
+        self._limits = DocumentLimits(min_document_tokens, max_document_tokens)
+        self._limits.check_row(corpus, seq_len, self._limits.num_tokens(corpus))
+        self._assignment = RowAssignment.of(corpus, seq_len + 1, self._limits)
         size = self._assignment.num_rows
         self._shuffle = BlockShuffle(size, hash_key(seed, corpus.name), sum_blocks(size, _ones))
         self._groups: Recent[np.ndarray] = Recent(_CACHED_GROUPS)
@@ -53,7 +56,7 @@ class BestFitRows:
     @property
     def options(self) -> str:
         """What differs from the default stream, in words."""
-        return describe_options("best_fit", self.max_document_tokens)
+        return ", ".join(filter(None, ("best_fit", self._limits.describe())))
 
     @property
     def rows_per_epoch(self) -> float:
@@ -76,7 +79,9 @@ class BestFitRows:
         order = self._groups.get((epoch, group), lambda: self._shuffle.items(epoch, group))
         row = self._assignment.row(int(order[place]))
         shards, begins, _ = self.corpus.locate(row["document"])
-        return Pieces(row["document"].tolist(), self.corpus.views(shards, begins + row["start"], row["length"]))
+        begins += row["start"]
+        stops = begins + row["length"]
+        return Pieces(row["document"].tolist(), self.corpus.views(shards.tolist(), begins.tolist(), stops.tolist()))
 
 
 def _ones(first: int, last: int) -> np.ndarray:

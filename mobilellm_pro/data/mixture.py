@@ -98,8 +98,8 @@ class Mixture:
     def place(self, index: int) -> tuple[int, int]:
         """(corpus, row of that corpus) of row `index` >= 0 of the mixture."""
         period, position = divmod(index, len(self._schedule))
-        corpus = int(self._schedule[position])
-        return corpus, period * int(self._counts[corpus]) + int(self._ranks[position])
+        corpus = self._schedule.item(position)
+        return corpus, period * self._counts.item(corpus) + self._ranks.item(position)
 
     def counts(self, num_sequences: int) -> np.ndarray:
         """int64 [corpora]: rows of each corpus among the first `num_sequences` rows."""
@@ -156,22 +156,21 @@ def batch(mixture: Mixture, start: int, count: int) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: an id outside the vocabulary of its corpus.
     """
+    places = [mixture.place(index) for index in range(start, start + count)]
+    corpora, numbers = zip(*places, strict=True)
+    streams = [mixture.streams[corpus] for corpus in corpora]
+    rows = [(stream.corpus, stream.pieces(number)) for stream, number in zip(streams, numbers, strict=True)]
     shape = (count, mixture.seq_len)
     tensors = {
         "input": torch.empty(shape, dtype=torch.int64),
         "labels": torch.empty(shape, dtype=torch.int64),
         "document_ids": torch.empty(shape, dtype=torch.int32),
-        "corpus": torch.empty(count, dtype=torch.int32),
-        "row": torch.empty(count, dtype=torch.int64),
     }
-    inputs, labels, documents, corpora, numbers = (tensor.numpy() for tensor in tensors.values())
-    rows = []
-    for b in range(count):
-        corpora[b], numbers[b] = mixture.place(start + b)
-        stream = mixture.streams[corpora[b]]
-        rows.append((stream.corpus, stream.pieces(int(numbers[b]))))
-    write_rows(rows, inputs, labels, documents)
-    return tensors
+    write_rows(rows, *(tensor.numpy() for tensor in tensors.values()))
+    return tensors | {
+        "corpus": torch.tensor(corpora, dtype=torch.int32),
+        "row": torch.tensor(numbers, dtype=torch.int64),
+    }
 
 
 def check_weights(names: Items[str], weights: Items[float], *, renormalize: bool = False) -> np.ndarray:

@@ -7,7 +7,7 @@ first token of row j + 1: every token is an input exactly once, and no token is 
     stream = CorpusStream(Corpus.open(folder), seq_len=2048, seed=1)
     write_rows([(stream.corpus, stream.pieces(123_456))], input_BS, labels_BS, document_ids_BS)
 
-S = seq_len throughout, B rows.
+S = seq_len throughout, B rows of T = S + 1 tokens, P parts of documents in them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mobilellm_pro.data.document_limits import NO_LIMITS, DocumentLimits, check_positive
 from mobilellm_pro.data.shards import Corpus
-from mobilellm_pro.data.shuffle import BlockShuffle, Recent, hash_key, sum_blocks
+from mobilellm_pro.data.shuffle import BlockShuffle, Recent, hash_key
 
 IGNORE = -100  # label without a loss: what torch's cross entropy ignores
 _CACHED_GROUPS = 4  # the longest rows reach into the next group or two
@@ -37,43 +38,53 @@ class Pieces(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Documents of a group that have tokens; `ends` are their last tokens, counted from the group's first."""
+    """Documents of a group that are read, in order, as lists of equal length: rows take a few entries at a time.
 
-    pieces: Pieces
+    Attributes:
+        documents: numbers.
+        shards: where they lie.
+        begins, stops: tokens of them in the shard.
+        ends: last token of each, counted from the group's first.
+    """
+
+    documents: list[int]
+    shards: list[int]
+    begins: list[int]
+    stops: list[int]
     ends: list[int]
 
 
 class CorpusStream:
     """Rows of one corpus by number; holds no position, so reading rows in any order gives the same rows."""
 
-    def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None) -> None:
+    def __init__(
+        self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None,
+        min_document_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             corpus: an opened split.
             seq_len: inputs of a row, in tokens.
             seed: any integer; the corpus name goes in too, so that equal corpora under two names differ in order.
             max_document_tokens: read only the first so many tokens of every document.
+            min_document_tokens: read only documents that have at least so many tokens on disk.
 
         Raises:
-            ValueError: the corpus is smaller than one row; a number below 1.
+            ValueError: what is read of the corpus is smaller than one row; a number below 1.
         """
-        check_sizes(seq_len, max_document_tokens)
-        self.corpus, self.seq_len, self.max_document_tokens = corpus, seq_len, max_document_tokens
-        self.num_tokens = corpus.num_tokens  # of an epoch
+        check_positive(seq_len=seq_len)
+        self.corpus, self.seq_len = corpus, seq_len
+        self._limits = DocumentLimits(min_document_tokens, max_document_tokens)
         self._key = hash_key(seed, corpus.name)
         self._groups: Recent[_Group] = Recent(_CACHED_GROUPS)
-        if max_document_tokens is not None and corpus.num_documents:
-            self.num_tokens = self._shuffle.total
-        if self.num_tokens < seq_len + 1:
-            raise ValueError(
-                f"{corpus.folder}: the split {corpus.split!r} has {self.num_tokens} tokens, fewer than one sequence "
-                f"of seq_len + 1 = {seq_len + 1}: shorten seq_len or give more text"
-            )
+        limited = self._limits != NO_LIMITS and corpus.num_documents > 0
+        self.num_tokens = self._shuffle.total if limited else corpus.num_tokens  # of an epoch
+        self._limits.check_row(corpus, seq_len, self.num_tokens)
 
     @property
     def options(self) -> str:
         """What differs from the defaults, in words; it changes what the rows hold."""
-        return describe_options("", self.max_document_tokens)
+        return self._limits.describe()
 
     @property
     def rows_per_epoch(self) -> float:
@@ -100,49 +111,32 @@ class CorpusStream:
 
     def _take(self, epoch: int, group: int, offset: int, need: int, row: Pieces) -> int:
         """Appends up to `need` tokens from token `offset` of a group on to the row; returns how many it found."""
-        (documents, views), ends = self._groups.get((epoch, group), lambda: self._lay_out(epoch, group))
-        first, last = bisect_right(ends, offset), bisect_left(ends, offset + need) + 1
-        ids = views[first:last]
-        skipped = len(ids[0]) - (ends[first] - offset)
+        documents, shards, begins, stops, ends = self._groups.get((epoch, group), lambda: self._lay_out(epoch, group))
+        first = bisect_right(ends, offset)
+        last = bisect_left(ends, offset + need, first) + 1
         found = ends[min(last, len(ends)) - 1] - offset
+        own_begins, own_stops = begins[first:last], stops[first:last]
+        own_begins[0] = own_stops[0] - (ends[first] - offset)  # the row may begin inside a document
         if found > need:
-            ids[-1] = ids[-1][: need - found]
-        ids[0] = ids[0][skipped:]
+            own_stops[-1] -= found - need
         row.documents.extend(documents[first:last])
-        row.ids.extend(ids)
+        row.ids.extend(self.corpus.views(shards[first:last], own_begins, own_stops))
         return min(found, need)
 
     def _lay_out(self, epoch: int, group: int) -> _Group:
         documents = self._shuffle.items(epoch, group)
-        shards, begins, counts = self.corpus.locate(documents)
-        if self.max_document_tokens is not None:
-            np.minimum(counts, self.max_document_tokens, out=counts)
-        some = counts > 0
-        views = self.corpus.views(shards[some], begins[some], counts[some])
-        return _Group(Pieces(documents[some].tolist(), views), np.cumsum(counts[some]).tolist())
+        shards, begins, lengths = self.corpus.locate(documents)
+        counts = self._limits.apply(lengths)
+        if not counts.all():  # neither empty documents nor those left out
+            read = counts > 0
+            documents, shards, begins, counts = documents[read], shards[read], begins[read], counts[read]
+        columns = documents, shards, begins, begins + counts, np.cumsum(counts)
+        return _Group(*(column.tolist() for column in columns))
 
     @cached_property
     def _shuffle(self) -> BlockShuffle:
         """Made when the first row is asked for: it reads the lengths of all documents once."""
-        size = self.corpus.num_documents
-        return BlockShuffle(size, self._key, sum_blocks(size, self._lengths))
-
-    def _lengths(self, first: int, last: int) -> np.ndarray:
-        lengths = self.corpus.lengths(first, last)
-        return lengths if self.max_document_tokens is None else np.minimum(lengths, self.max_document_tokens)
-
-
-def check_sizes(seq_len: int, max_document_tokens: int | None) -> None:
-    """Raises ValueError for a number below 1."""
-    for name, value in (("seq_len", seq_len), ("max_document_tokens", max_document_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value}: expected at least 1")
-
-
-def describe_options(packing: str, max_document_tokens: int | None) -> str:
-    """Options of a stream in words, empty for the defaults: what a checkpoint records about the rows."""
-    limit = "" if max_document_tokens is None else f"max_document_tokens {max_document_tokens}"
-    return ", ".join(part for part in (packing, limit) if part)
+        return BlockShuffle(self.corpus.num_documents, self._key, self._limits.block_tokens(self.corpus))
 
 
 def write_rows(
@@ -165,28 +159,32 @@ def write_rows(
     num_rows, size = input_BS.shape
     slots = size + 1
     ids: list[np.ndarray] = []
+    lengths: list[int] = []
     numbers: list[int] = []
     padding = []
     for row, (_, pieces) in enumerate(rows):
-        parts, filled = pieces.ids, sum(map(len, pieces.ids))
+        counts = list(map(len, pieces.ids))
+        filled = sum(counts)
+        ids += pieces.ids
         if filled < slots:
-            parts = [*parts, np.zeros(slots - filled, np.int32)]
+            ids.append(np.zeros(slots - filled, np.int32))
+            counts.append(slots - filled)
         if filled < size:
             padding.append((row, filled))
-        ids += parts
-        numbers += range(len(parts))
-    counts = np.fromiter(map(len, ids), np.int64, len(ids))
+        lengths += counts
+        numbers += range(len(counts))
     tokens_BT = np.concatenate(ids, dtype=np.int32).reshape(num_rows, slots)
     # As unsigned numbers negative ids are the largest: one pass finds both kinds.
     if tokens_BT.view(np.uint32).max() >= min(corpus.vocab_size for corpus, _ in rows):
         _check_ids(rows)
-    input_BS[:], labels_BS[:] = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    row_of_end, last = np.divmod(np.cumsum(counts) - 1, slots)
-    inside = last < size
-    labels_BS[row_of_end[inside], last[inside]] = IGNORE
+    input_BS[:] = tokens_BT[:, :-1]
+    lengths_P = np.array(lengths)
+    # The first token of a part is no label; where a part begins with its row, it is none anyway.
+    tokens_BT.reshape(-1)[np.cumsum(lengths_P)[:-1]] = IGNORE
     for row, filled in padding:
-        labels_BS[row, filled:] = IGNORE
-    document_ids_BS[:] = np.repeat(np.array(numbers, np.int32), counts).reshape(num_rows, slots)[:, :-1]
+        tokens_BT[row, filled:] = IGNORE
+    labels_BS[:] = tokens_BT[:, 1:]
+    document_ids_BS[:] = np.repeat(np.array(numbers, np.int32), lengths_P).reshape(num_rows, slots)[:, :-1]
 
 
 def _check_ids(rows: Sequence[tuple[Corpus, Pieces]]) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mobilellm_pro.data import manifest
+from mobilellm_pro.data.document_limits import NO_LIMITS, DocumentLimits
 from mobilellm_pro.data.shards import Corpus
 
 PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])
@@ -46,27 +47,28 @@ class RowAssignment:
     files: tuple[Path, Path] | None = None
 
     @classmethod
-    def of(cls, corpus: Corpus, capacity: int, max_document_tokens: int | None = None) -> "RowAssignment":
+    def of(cls, corpus: Corpus, capacity: int, limits: DocumentLimits = NO_LIMITS) -> "RowAssignment":
         """Opens the assignment of a corpus, or makes it and tries to keep it.
 
         Args:
             corpus: an opened split.
             capacity: tokens of a row, the last label included.
-            max_document_tokens: only the first so many tokens of every document.
+            limits: which documents are read, and how much of each; at least one token must be left.
 
         Raises:
             ValueError: damaged files.
         """
         digest = hashlib.sha256((corpus.folder / manifest.FILE).read_bytes() + b"%d" % _VERSION).hexdigest()[:16]
-        stem = f"best_fit-{corpus.split}-{capacity - 1}-{max_document_tokens or 'whole'}-"
+        shortest = "" if limits.min_document_tokens is None else f"_of_{limits.min_document_tokens}"
+        stem = f"best_fit-{corpus.split}-{capacity - 1}-{limits.max_document_tokens or 'whole'}{shortest}-"
         files = corpus.folder / f"{stem}{digest}.pieces.npy", corpus.folder / f"{stem}{digest}.rows.npy"
         if all(file.exists() for file in files):
             return cls.read(*files)
         try:
-            _store(assign(corpus, capacity, max_document_tokens), files)
+            _store(assign(corpus, capacity, limits), files)
         except OSError as error:
             warnings.warn(f"{corpus.folder}: rows are packed at every start ({error})", stacklevel=2)
-            pieces, counts = zip(*assign(corpus, capacity, max_document_tokens), strict=True)
+            pieces, counts = zip(*assign(corpus, capacity, limits), strict=True)
             return cls(np.concatenate(pieces), np.cumsum(np.concatenate((np.zeros(1, np.int64), *counts))))
         for stale in corpus.folder.glob(f"{stem}*.npy"):
             if stale not in files:
@@ -104,25 +106,47 @@ class RowAssignment:
 
 
 def assign(
-    corpus: Corpus, capacity: int, max_document_tokens: int | None = None
+    corpus: Corpus, capacity: int, limits: DocumentLimits = NO_LIMITS
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The rows of each window of neighbouring documents: PIECE [pieces] and int64 [rows], pieces of each row."""
-    size = corpus.num_documents
+    for documents, lengths in _windows(corpus, limits):
+        yield _assign_window(documents, lengths, capacity)
+
+
+def _windows(corpus: Corpus, limits: DocumentLimits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Documents and their lengths, int64 [documents] each, enough of them for little padding: one window at a time.
+
+    Without a least length a window is WINDOW_DOCUMENTS neighbours. With one it grows until so many are left in it.
+    """
+    size, least = corpus.num_documents, limits.min_document_tokens
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    num_held = 0
     with tqdm(total=size, desc=f"packing {corpus.name}", unit=" documents", unit_scale=True, delay=2) as bar:
         for first in range(0, size, WINDOW_DOCUMENTS):
-            lengths = corpus.lengths(first, min(first + WINDOW_DOCUMENTS, size))
-            if max_document_tokens is not None:
-                np.minimum(lengths, max_document_tokens, out=lengths)
-            yield _assign_window(lengths, first, capacity)
-            bar.update(len(lengths))
+            documents = np.arange(first, min(first + WINDOW_DOCUMENTS, size))
+            lengths = limits.apply(corpus.lengths(first, first + len(documents)))
+            bar.update(len(documents))
+            if least is not None:
+                documents, lengths = documents[lengths > 0], lengths[lengths > 0]
+            if len(documents):
+                held.append((documents, lengths))
+                num_held += len(documents)
+            if held and (num_held >= WINDOW_DOCUMENTS or first + WINDOW_DOCUMENTS >= size):
+                yield _joined(held)
+                held, num_held = [], 0
 
 
-def _assign_window(lengths: np.ndarray, first: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the documents first, first + 1, ... with the given lengths."""
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    documents, lengths = zip(*parts, strict=True)
+    return np.concatenate(documents), np.concatenate(lengths)
+
+
+def _assign_window(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the documents with the given lengths."""
     full, rest = np.divmod(lengths, capacity)
     whole = np.zeros(int(full.sum()), PIECE)  # one a row
     owner = np.repeat(np.arange(len(lengths)), full)
-    whole["document"], whole["length"] = first + owner, capacity
+    whole["document"], whole["length"] = documents[owner], capacity
     whole["start"] = (np.arange(len(owner)) - (np.cumsum(full) - full)[owner]) * capacity
     ranked = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]  # the longest first
     rows = best_fit(rest[ranked], capacity)
@@ -130,7 +154,7 @@ def _assign_window(lengths: np.ndarray, first: int, capacity: int) -> tuple[np.n
     by_row = np.argsort(rows[::-1], kind="stable")
     ranked = ranked[::-1][by_row]
     part = np.zeros(len(ranked), PIECE)
-    part["document"], part["start"], part["length"] = first + ranked, (full * capacity)[ranked], rest[ranked]
+    part["document"], part["start"], part["length"] = documents[ranked], (full * capacity)[ranked], rest[ranked]
     counts = np.concatenate((np.ones(len(whole), np.int64), np.bincount(rows)))
     return np.concatenate((whole, part)), counts
 

@@ -132,11 +132,10 @@ class Corpus:
             lengths[of_shard] = index.lengths[local[of_shard]]
         return shards, begins, lengths
 
-    def views(self, shards: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-        """Read-only views of the mapped ids, one for each place that `locate` gave (or a part of it)."""
+    def views(self, shards: list[int], begins: list[int], stops: list[int]) -> list[np.ndarray]:
+        """Read-only views of the mapped ids: of each shard its tokens begin .. stop - 1."""
         ids = self.shard_ids
-        places = zip(shards.tolist(), begins.tolist(), (begins + counts).tolist(), strict=True)
-        return [ids[shard][begin:end] for shard, begin, end in places]
+        return [ids[shard][begin:stop] for shard, begin, stop in zip(shards, begins, stops, strict=True)]
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """[stop - start], a read-only view of a document's ids, int32 or uint16 (0 <= start <= stop <= length)."""

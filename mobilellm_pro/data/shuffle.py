@@ -10,6 +10,7 @@ neighbours on disk still come thousands of groups apart from most of their neigh
 definitions are the same order.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -66,13 +67,13 @@ class BlockShuffle:
         self.num_items, self.total = num_items, int(block_weights.sum())
         self._key, self._weights, self._size = key, block_weights, _block_size(num_items)
         self._group_blocks = max(GROUP_BLOCKS, GROUP_ITEMS // self._size)
-        self._epochs: Recent[tuple[np.ndarray, np.ndarray]] = Recent(_CACHED_EPOCHS)
+        self._epochs: Recent[tuple[np.ndarray, list[int]]] = Recent(_CACHED_EPOCHS)
 
     def find(self, epoch: int, offset: int) -> tuple[int, int]:
         """(group in which the weight `offset` < total of the epoch falls, what of the offset is inside the group)."""
         ends = self._epoch(epoch)[1]
-        group = int(ends.searchsorted(offset, side="right"))  # steps over groups without weight
-        return group, offset - (int(ends[group - 1]) if group else 0)
+        group = bisect_right(ends, offset)  # steps over groups without weight
+        return group, offset - (ends[group - 1] if group else 0)
 
     def items(self, epoch: int, group: int) -> np.ndarray:
         """int64 [items of the group] in order."""
@@ -81,14 +82,14 @@ class BlockShuffle:
         items = items[items < self.num_items]  # the last block may be shorter
         return items[np.argsort(_hashes(items, self._key, epoch), kind="stable")]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [blocks] in the order of the epoch, and int64 [groups], the weight up to the end of each."""
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """int64 [blocks] in the order of the epoch, and the weight up to the end of each group."""
         return self._epochs.get(epoch, lambda: self._lay_out(epoch))
 
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         order = permutation(len(self._weights), self._key, epoch)
         sums = np.add.reduceat(self._weights[order], np.arange(0, len(order), self._group_blocks))
-        return order, np.cumsum(sums)
+        return order, np.cumsum(sums).tolist()
 
 
 def sum_blocks(num_items: int, weights: Callable[[int, int], np.ndarray]) -> np.ndarray:

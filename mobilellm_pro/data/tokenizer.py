@@ -26,17 +26,18 @@ from mobilellm_pro.data.special_tokens import BOS, EOS, PAD, special_names
 # The public O200K split: how text is cut into pieces before byte pairs are merged inside each piece.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-SPLIT_PATTERN = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+_WORDS_AND_LINES = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    r"\s*[\r\n]+",
 )
+_SPACES = (r"\s+(?!\S)", r"\s+")
+SPLIT_PATTERN = "|".join((*_WORDS_AND_LINES, *_SPACES))
+# The same alternatives in the same order: in a group of their own, those without a look ahead are tried by tiktoken's
+# fast engine together instead of one after another, which saves a seventh of the time.
+_GROUPED_PATTERN = "|".join((f"(?:{'|'.join(_WORDS_AND_LINES)})", *_SPACES))
 
 LLAMA4_PACKAGE_FILE = "llama_models/llama4/tokenizer.model"
 LLAMA4_SHA256 = "d0bdbaf59b0762c8c807617e2d8ea51420eb1b1de266df2495be755c8e0ed6ed"
@@ -71,7 +72,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (self.special_ids[name] for name in (BOS, EOS, PAD))
         # tiktoken looks for special names in every text, sooner for one than for all; none of them is wanted.
         self._encoding = tiktoken.Encoding(
-            "mobilellm_pro", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos_id}
+            "mobilellm_pro", pat_str=_GROUPED_PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos_id}
         )
 
     @classmethod

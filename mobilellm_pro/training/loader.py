@@ -52,6 +52,7 @@ def open_mixture(
             seq_len=seq_len,
             seed=data.seed,
             max_document_tokens=data.max_document_tokens,
+            min_document_tokens=data.min_document_tokens,
         )
         for dataset in data.datasets
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from mobilellm_pro.data import row_assignment
 from mobilellm_pro.data.best_fit import BestFitRows
+from mobilellm_pro.data.document_limits import DocumentLimits
 from mobilellm_pro.data.packing import IGNORE, write_rows
 from mobilellm_pro.data.row_assignment import RowAssignment, best_fit
 from mobilellm_pro.data.shards import Corpus
@@ -154,6 +155,38 @@ def test_first_tokens_of_every_document(corpus: Corpus):
     assert rows.options == "best_fit, max_document_tokens 10"
 
 
+@pytest.mark.parametrize(("least", "most"), [(20, None), (20, 10), (64, None)])
+@pytest.mark.parametrize("window", [16, 65_536])
+def test_long_documents_only(
+    corpus: Corpus, least: int, most: int | None, window: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(row_assignment, "WINDOW_DOCUMENTS", window)
+    rows = BestFitRows(corpus, seq_len=SEQ_LEN, seed=1, min_document_tokens=least, max_document_tokens=most)
+    read = [ids[:most] for ids in DOCUMENTS if len(ids) >= least]
+    parts = [part for index in range(int(rows.rows_per_epoch)) for part in parts_of_row(rows, index)]
+    expected = [ids[start : start + SEQ_LEN + 1] for ids in read for start in range(0, len(ids), SEQ_LEN + 1)]
+    assert sorted(part for part in parts if any(part)) == sorted(part for part in expected if any(part))
+    limits = f"min_document_tokens {least}" + (f", max_document_tokens {most}" if most else "")
+    assert rows.options == f"best_fit, {limits}"
+
+
+def test_windows_hold_documents_that_are_read(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
+    """Where few documents are read, a window of as many neighbours would leave rows half empty."""
+    monkeypatch.setattr(row_assignment, "WINDOW_DOCUMENTS", 8)
+    limits = DocumentLimits(min_document_tokens=25)
+    windows = [documents for documents, _ in row_assignment._windows(corpus, limits)]
+    kept = [number for number, ids in enumerate(DOCUMENTS) if len(ids) >= 25]
+    assert np.concatenate(windows).tolist() == kept
+    assert all(8 <= len(documents) < 16 for documents in windows[:-1]) and len(windows) > 1
+
+
+def test_every_limit_has_files_of_its_own(corpus: Corpus):
+    limits = [DocumentLimits(*pair) for pair in ((None, None), (None, 20), (20, None), (20, 20), (2, None))]
+    kept = [RowAssignment.of(corpus, 32, limit) for limit in limits]
+    assert len({assignment.files for assignment in kept}) == len(limits)
+    assert all(file.exists() for assignment in kept for file in assignment.files or ()), "none is stale for another"
+
+
 def test_assignment_is_kept(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
     first = RowAssignment.of(corpus, 32)
     files = sorted(corpus.folder.glob("best_fit*"))
@@ -203,6 +236,10 @@ def test_damaged_files(corpus: Corpus):
 def test_bad_arguments(corpus: Corpus, tmp_path: Path):
     with pytest.raises(ValueError, match="seq_len = 0"):
         BestFitRows(corpus, seq_len=0, seed=1)
+    with pytest.raises(ValueError, match="min_document_tokens = 0: expected at least 1"):
+        BestFitRows(corpus, seq_len=8, seed=1, min_document_tokens=0)
+    with pytest.raises(ValueError, match=r"has 0 tokens in .* at least min_document_tokens = 999 .*: lower min_doc"):
+        BestFitRows(corpus, seq_len=8, seed=1, min_document_tokens=999)
     empty = Corpus.open(write_corpus(tmp_path / "empty", [[], []]))
     with pytest.raises(ValueError, match="has 0 tokens, fewer than one sequence"):
         BestFitRows(empty, seq_len=8, seed=1)

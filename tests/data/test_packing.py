@@ -63,6 +63,46 @@ def test_first_tokens_of_every_document(corpus: Corpus):
     check_rows(rows, range(3 * total // 64), tokens, begins)
 
 
+@pytest.mark.parametrize(("least", "most"), [(1, None), (30, None), (30, 11), (11, 30), (50, 50)])
+def test_long_documents_only(corpus: Corpus, least: int, most: int | None):
+    """The seeded order with the short documents left out, and then the beginnings of the others."""
+    rows = CorpusStream(corpus, seq_len=64, seed=1, min_document_tokens=least, max_document_tokens=most)
+    read = [ids[:most] if len(ids) >= least else [] for ids in DOCUMENTS]
+    assert rows.num_tokens == sum(map(len, read))
+    assert rows.options == f"min_document_tokens {least}" + (f", max_document_tokens {most}" if most else "")
+    assert rows.epochs(10) == 640 / rows.num_tokens
+    check_rows(rows, range(3 * rows.num_tokens // 64), *expected_stream(read, "a", 1, 5))
+
+
+def test_long_documents_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Groups without a document that is read, and rows that reach over many of them."""
+    monkeypatch.setattr(shuffle, "GROUP_BLOCKS", 4)
+    monkeypatch.setattr(shuffle, "GROUP_ITEMS", 1)
+    documents = random_documents(500, 30)
+    least = sorted(map(len, documents))[-12]
+    corpus = Corpus.open(write_corpus(tmp_path / "f", documents, per_shard=100, vocab_size=1000))
+    read = [ids if len(ids) >= least else [] for ids in documents]
+    rows = CorpusStream(corpus, seq_len=100, seed=1, min_document_tokens=least)
+    check_rows(rows, range(3 * rows.num_tokens // 100), *expected_stream(read, "f", 1, 4))
+
+
+@pytest.mark.parametrize("blocks", [7, 150])
+def test_long_documents_in_blocks(tmp_path: Path, blocks: int, monkeypatch: pytest.MonkeyPatch):
+    """More documents than blocks: what is read comes once an epoch, in the order of the same corpus without a limit."""
+    monkeypatch.setattr(shuffle, "MAX_BLOCKS", blocks)
+    monkeypatch.setattr(shuffle, "GROUP_BLOCKS", 4)
+    monkeypatch.setattr(shuffle, "GROUP_ITEMS", 1)
+    documents = random_documents(200, 9)
+    corpus = Corpus.open(write_corpus(tmp_path / "b", documents, per_shard=70, vocab_size=1000))
+    rows = CorpusStream(corpus, seq_len=13, seed=1, min_document_tokens=7)
+    num_groups = -(-blocks // 4)
+    ordered = [i for epoch in range(2) for group in range(num_groups) for i in rows._shuffle.items(epoch, group)]
+    read = [documents[i] for i in ordered if len(documents[i]) >= 7]
+    assert sorted(read) == sorted([ids for ids in documents if len(ids) >= 7] * 2)
+    begins = np.concatenate([np.arange(len(ids)) == 0 for ids in read])
+    check_rows(rows, range(2 * rows.num_tokens // 13 - 1), np.concatenate(read).astype(int), begins)
+
+
 def test_rows_as_long_as_an_epoch(corpus: Corpus):
     """A row may cross the border of two epochs, or almost span one."""
     rows = CorpusStream(corpus, seq_len=corpus.num_tokens - 1, seed=1)
@@ -179,7 +219,18 @@ def test_corpus_smaller_than_a_row(corpus: Corpus):
         CorpusStream(corpus, seq_len=corpus.num_tokens, seed=1)
     with pytest.raises(ValueError, match=r"has 5\d tokens, fewer than one sequence"):
         CorpusStream(corpus, seq_len=64, seed=1, max_document_tokens=1)
+    longest = max(map(len, DOCUMENTS))
+    message = (
+        rf"{corpus.folder}: .*'train' has 0 tokens in documents of at least min_document_tokens = {longest + 1} "
+        rf"\(the longest has {longest}\), fewer than .* = 9: lower min_document_tokens, shorten seq_len"
+    )
+    with pytest.raises(ValueError, match=message):
+        CorpusStream(corpus, seq_len=8, seed=1, min_document_tokens=longest + 1)
+    with pytest.raises(ValueError, match=r"has \d+ tokens in documents of at least min_document_tokens = 49"):
+        CorpusStream(corpus, seq_len=1000, seed=1, min_document_tokens=49)
     with pytest.raises(ValueError, match="seq_len = 0"):
         CorpusStream(corpus, seq_len=0, seed=1)
+    with pytest.raises(ValueError, match="min_document_tokens = -1: expected at least 1"):
+        CorpusStream(corpus, seq_len=8, seed=1, min_document_tokens=-1)
     with pytest.raises(ValueError, match="max_document_tokens = 0"):
         CorpusStream(corpus, seq_len=8, seed=1, max_document_tokens=0)

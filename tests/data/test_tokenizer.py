@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.special_tokens import LLAMA4_RANKS, special_names
-from mobilellm_pro.data.tokenizer import MAX_CHUNK_CHARS, MAX_RUN_CHARS, Tokenizer, find_llama4_file
+from mobilellm_pro.data.tokenizer import MAX_CHUNK_CHARS, MAX_RUN_CHARS, SPLIT_PATTERN, Tokenizer, find_llama4_file
 from tests.data.synthetic import DEBUG_TOKENIZER
 
 TEXTS = [
@@ -73,6 +76,27 @@ def test_pieces_joined_are_the_document(tokenizer: Tokenizer):
     assert {part.dtype for part in ids} == {np.dtype(np.int32)}
     expected = [token for piece in pieces for token in tokenizer._encoding.encode_ordinary(piece)]
     assert np.concatenate(ids).tolist() == expected == tokenizer.encode_array(text).tolist()
+
+
+@pytest.fixture(scope="module")
+def published(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """The split as it was published, without special tokens."""
+    return tiktoken.Encoding("published", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
+
+
+# Letters of both cases, marks, digits, signs, spaces of several kinds and contractions, where alternatives compete.
+_FRAGMENTS = [*"aZéß你\u02b0\u0301\u1f88 7½-/'\n\r\t\u00a0\u3000", "'s", "'LL", "  ", "\r\n", "🇩🇪", "word", "CamelCase"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(_FRAGMENTS), max_size=30).map("".join) | st.text(max_size=40))
+def test_grouped_alternatives_are_the_published_split(tokenizer: Tokenizer, published: tiktoken.Encoding, text: str):
+    assert tokenizer.encode(text) == published.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_have_the_published_ids(tokenizer: Tokenizer, published: tiktoken.Encoding, text: str):
+    assert tokenizer.encode(text) == published.encode_ordinary(text)
 
 
 def test_special_names_in_text_are_text(tokenizer: Tokenizer):

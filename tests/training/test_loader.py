@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mobilellm_pro.config.job_config import Data, Dataset
+from mobilellm_pro.config.job_config import Data, Dataset, JobConfig
 from mobilellm_pro.data.mixture import Mixture
-from mobilellm_pro.training.loader import MixtureLoader, open_mixture
+from mobilellm_pro.training.loader import MixtureLoader, last_step, open_mixture
+from mobilellm_pro.training.run_folder import describe_data
 from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora
 
 ROWS = 24  # of a global step
@@ -59,6 +60,35 @@ def test_steps_are_the_same_on_any_number_of_ranks(data: Data, packing: str) -> 
         assert steps_read(open_mixture(settings, "train", 64), ranks) == expected
 
 
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_long_documents_only(data: Data, packing: str) -> None:
+    """Fewer documents, by the same rules; what is left out is named wherever a mixture is recorded."""
+    settings = Data(**{**data.__dict__, "packing": packing, "min_document_tokens": 40, "max_document_tokens": 45})
+    mixture = open_mixture(settings, "train", 64)
+    expected = steps_read(mixture, 1)
+    assert expected != steps_read(open_mixture(Data(**{**data.__dict__, "packing": packing}), "train", 64), 1)
+    assert steps_read(open_mixture(settings, "train", 64), 3, workers=2, restart=7, rows=12) == expected
+    shortest, longest = (float("inf"), 0)
+    for stream in mixture.streams:
+        for index in range(int(stream.rows_per_epoch)):
+            corpus, pieces = stream.corpus, stream.pieces(index)
+            lengths = [int(corpus.lengths(number, number + 1)[0]) for number in pieces.documents]
+            shortest, longest = min(shortest, *lengths), max(longest, *map(len, pieces.ids))
+    assert shortest >= 40 and longest == 45
+    described = describe_data(JobConfig(data=settings), mixture)["identity"]
+    assert described == mixture.identity and described.count("min_document_tokens 40, max_document_tokens 45") == 2
+
+
+def test_epochs_count_what_is_read(data: Data) -> None:
+    """A pass over the long documents alone ends sooner."""
+    long = open_mixture(Data(**{**data.__dict__, "min_document_tokens": 60}), "train", 64)
+    for stream in long.streams:
+        lengths = stream.corpus.lengths(0, stream.corpus.num_documents)
+        assert stream.rows_per_epoch * 64 == lengths[lengths >= 60].sum() < stream.corpus.num_tokens
+    limits = [1.0, None]
+    assert last_step(long, limits, ROWS, 10_000) < last_step(open_mixture(data, "train", 64), limits, ROWS, 10_000)
+
+
 @pytest.mark.parametrize(
     ("ranks", "workers", "restart", "rows"), [(1, 2, 7, 24), (2, 2, 7, 12), (3, 0, 7, 6), (2, 0, 1, 4)]
 )
@@ -81,9 +111,10 @@ def test_state_is_a_few_integers(data: Data) -> None:
     other.load_state_dict(state)
     with pytest.raises(ValueError, match="cannot resume at sequence 16 with 2 data-parallel ranks of 5 rows"):
         next(iter(other))
-    changed = MixtureLoader(open_mixture(Data(**{**data.__dict__, "max_document_tokens": 9}), "train", 64), 4, 0, 2)
-    with pytest.raises(ValueError, match="max_document_tokens"):
-        changed.load_state_dict(state)
+    for limit in ("max_document_tokens", "min_document_tokens"):
+        changed = MixtureLoader(open_mixture(Data(**{**data.__dict__, limit: 9}), "train", 64), 4, 0, 2)
+        with pytest.raises(ValueError, match=rf"the configuration's are .*{limit} 9.*: restore them"):
+            changed.load_state_dict(state)
 
 
 def test_epochs_are_counted_and_limited(data: Data) -> None:
