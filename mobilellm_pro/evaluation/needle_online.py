@@ -63,6 +63,10 @@ class OnlineNeedle:
             return [f"[needle]: {error}"]
         return []
 
+    def is_done(self, step: int) -> bool:
+        """Whether the cells of this step are in the run's folder."""
+        return (self._folder / f"step-{step}.json").is_file()
+
     def __call__(self, model: Student, step: int) -> dict[str, float]:
         """Tests a whole student, on every rank at once.
 

@@ -15,6 +15,10 @@ from mobilellm_pro.model.attention_mask import AttentionMask
 from mobilellm_pro.model.key_exchange import exchange_keys
 from mobilellm_pro.model.tiled_attention import attend_in_tiles, tiled_attention
 
+FLEX_KERNELS = 64
+"""Of one process at most. All layers share torch's limit of 8, beyond which it computes queries × keys with a warning;
+kinds of layers, both models, training, validation and their row lengths each need a kernel."""
+
 
 class Attend(nn.Module):
     """softmax(q kᵀ / sqrt(W)) v under a mask, with grouped key/value heads.
@@ -27,6 +31,7 @@ class Attend(nn.Module):
         super().__init__()
         self.context_group: dist.ProcessGroup | None = None
         self.flex = FlexAttentionWrapper()
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_KERNELS)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
         """[B, H, S, W], [B, G, S, W], [B, G, S, W] -> [B, H, S, W]."""

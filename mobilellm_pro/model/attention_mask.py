@@ -1,4 +1,4 @@
-"""What a query sees in a packed row, without ever making a table of queries × keys.
+"""What a query sees in a packed row, without a table of queries × keys where rows are long.
 
 A packed row holds several documents. What a query sees is one rule, `causal AND same document AND (window | chunk |
 all)`, and under it the keys of a query follow one another: two numbers a query say everything, and neither ever goes

@@ -10,7 +10,6 @@ It is one operator to torch.compile, to checkpointing and to autograd: which til
 Shapes: B rows, H query heads, G key/value heads, S queries, K keys, W head width.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ class Tile(NamedTuple):
         return dense_mask(first[self.rows, self.queries], end[self.rows, self.queries], self.keys.start, num_keys)
 
 
-def tiles(first: Tensor, end: Tensor) -> Iterator[Tile]:
+def tiles(first: Tensor, end: Tensor) -> list[Tile]:
     """Cuts attention into tiles; rows that see alike go together.
 
     Args:
@@ -56,22 +55,26 @@ def tiles(first: Tensor, end: Tensor) -> Iterator[Tile]:
     lasts = [min(begin + block, num_queries) for begin in begins]
     # Neither number goes down along a row: the first query of a tile has its oldest key, the last its newest.
     oldest, newest = first[:, begins].tolist(), end[:, [last - 1 for last in lasts]].tolist()
-    for row in range(len(first)):
-        rows = slice(None) if len(first) == 1 else slice(row, row + 1)
-        for begin, last, key, key_end in zip(begins, lasts, oldest[row], newest[row], strict=True):
-            yield Tile(rows, slice(begin, last), slice(key, key_end))
+    rows = [slice(None)] if len(first) == 1 else [slice(row, row + 1) for row in range(len(first))]
+    return [
+        Tile(row, slice(begin, last), slice(key, key_end))
+        for row, keys, key_ends in zip(rows, oldest, newest, strict=True)
+        for begin, last, key, key_end in zip(begins, lasts, keys, key_ends, strict=True)
+    ]
 
 
 def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor) -> Tensor:
     """`tiled_attention` without gradients, on any device; `first` and `end` are on the CPU."""
     out, grouped = torch.empty_like(query), query.shape[1] != key.shape[1]
-    for tile in tiles(first, end):
+    cut = tiles(first, end)
+    first, end = first.to(query.device), end.to(query.device)  # masks are made where they are used
+    for tile in cut:
         rows, queries, keys = tile
         out[rows, :, queries] = F.scaled_dot_product_attention(
             query[rows, :, queries],
             key[rows, :, keys],
             value[rows, :, keys],
-            attn_mask=tile.mask(first, end).to(query.device),
+            attn_mask=tile.mask(first, end),
             enable_gqa=grouped,
         )
     return out
@@ -97,7 +100,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, en
 @torch.library.custom_op("mobilellm_pro::tiled_attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Also gives the logarithm of every query's sum of exponentials, [B, H, S]."""
-    out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, log_sum = torch.empty_like(query), _log_sum_like(query)
     for tile in tiles(first, end):
         rows, queries, keys = tile
         arguments = _arguments(query[rows, :, queries], key[rows, :, keys], value[rows, :, keys])
@@ -108,7 +111,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Te
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(query), _log_sum_like(query)
+
+
+def _log_sum_like(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @torch.library.custom_op("mobilellm_pro::tiled_attention_backward", mutates_args=())
@@ -123,17 +130,19 @@ def _attention_backward(
     log_sum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query = torch.empty_like(query)
-    # A key is seen from many tiles: the sum over them is made in fp32.
-    grad_key, grad_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
+    # A key is seen from many tiles: what each adds is not rounded to bf16 before the sum, nor is the sum.
+    exact = log_sum.dtype
+    grad_key, grad_value = (torch.zeros_like(tensor, dtype=exact) for tensor in (key, value))
     for tile in tiles(first, end):
         rows, queries, keys = tile
-        results = (tensor[rows, :, queries] for tensor in (out, log_sum))
-        arguments = _arguments(query[rows, :, queries], key[rows, :, keys], value[rows, :, keys])
-        mask = _additive(tile.mask(first, end), query.dtype)
-        parts = _flash_backward(grad[rows, :, queries], *arguments, *results, 0.0, False, attn_mask=mask)
+        upstream, *results = (tensor[rows, :, queries].to(exact) for tensor in (grad, out, log_sum))
+        parts = (query[rows, :, queries], key[rows, :, keys], value[rows, :, keys])
+        arguments = _arguments(*(part.to(exact) for part in parts))
+        mask = _additive(tile.mask(first, end), exact)
+        parts = _flash_backward(upstream, *arguments, *results, 0.0, False, attn_mask=mask)
         grad_query[rows, :, queries] = parts[0]
         for total, part in zip((grad_key, grad_value), parts[1:], strict=True):
-            total[rows, :, keys] += part.unflatten(1, (key.shape[1], -1)).sum(2, dtype=torch.float32)
+            total[rows, :, keys] += part.unflatten(1, (key.shape[1], -1)).sum(2)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from mobilellm_pro.config import JobConfig
 from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import StudentArgs
+from mobilellm_pro.pipeline.loss_memory import LossWorkspace, loss_workspace
 from mobilellm_pro.pipeline.step_memory import (
-    LossWorkspace,
     TeacherStep,
     gathered_bytes,
     layer_activations,
     layer_backward,
-    loss_workspace,
     mask_bytes,
     restored_bytes,
     saved_activations,

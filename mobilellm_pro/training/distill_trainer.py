@@ -42,6 +42,7 @@ class DistillTrainer(Trainer):
     def __init__(self, job_config: JobConfig, evaluations: Sequence[OnlineEvaluation] = ()):
         super().__init__(job_config)
         self.evaluations = evaluations
+        self._resumed_step: int | None = None
         self._coming: deque[dict[str, Tensor]] = deque()
         self._ahead: tuple[dict[str, Tensor], PendingHidden] | None = None
         distill = job_config.distill
@@ -91,19 +92,26 @@ class DistillTrainer(Trainer):
                 # The run was stopped between its last checkpoint and its last validation.
                 self.validator.validate(self.model_parts, self.step)
             self.cache.finish()
-        self._evaluate(self.evaluations)
+        self._evaluate(self.step)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """torchtitan's step, and the evaluations due after it; those of the last step follow its checkpoint."""
+        """torchtitan's step, after the evaluations of the one before, whose checkpoint is written by now."""
+        self._evaluate(self.step - 1)
         super().train_step(data_iterator)
-        if self.step < self.last_step:
-            self._evaluate([evaluation for evaluation in self.evaluations if self.step % evaluation.freq == 0])
 
-    def _evaluate(self, evaluations: Sequence[OnlineEvaluation]) -> None:
+    def _evaluate(self, step: int) -> None:
+        """What is due after a step; what a run did before it was stopped is not done again."""
+        due = [e for e in self.evaluations if step > 0 and (step % e.freq == 0 or step == self.last_step)]
+        if self._resumed_step is None:
+            self._resumed_step = step
+        if due and step == self._resumed_step:
+            missing = [[not evaluation.is_done(step) for evaluation in due]]
+            dist.broadcast_object_list(missing, src=0)
+            due = [evaluation for evaluation, is_missing in zip(due, missing[0], strict=True) if is_missing]
         evaluate_online(
-            evaluations,
+            due,
             self.model_parts[0],
-            self.step,
+            step,
             dtype=TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
             device=self.device,
             metrics=self.metrics_processor,

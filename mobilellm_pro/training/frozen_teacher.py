@@ -126,10 +126,7 @@ class FrozenTeacher:
         return self._rows.after(hidden, num_rows)
 
     def start(self, tokens: Tensor, rows: PackedRows) -> PendingHidden:
-        """`hidden` beside what the current stream does next, on an accelerator; elsewhere at once.
-
-        The masks of `rows` are then made on the other stream: nobody else may use them.
-        """
+        """`hidden` beside what the current stream does next, on an accelerator; elsewhere at once."""
         if tokens.device.type != "cuda":
             return PendingHidden(self.hidden(tokens, rows), None)
         if self._stream is None:
@@ -137,9 +134,10 @@ class FrozenTeacher:
         # After the step's earlier work: what it released may be reused, what it made may be read.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for tensor in (tokens, rows.positions, rows.document_ids):
+            for tensor in (tokens, rows.document_ids):
                 tensor.record_stream(self._stream)
-            hidden = self.hidden(tokens, rows)
+            # Positions and masks of its own: those of the main stream may be gone before they are read here.
+            hidden = self.hidden(tokens, PackedRows(rows.document_ids, rows.numbering, rows.shard))
         return PendingHidden(hidden, self._stream)
 
     def release(self) -> None:

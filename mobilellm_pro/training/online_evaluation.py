@@ -35,6 +35,10 @@ class OnlineEvaluation(Protocol):
         """What will keep it from running, each with the cure; needs neither the model nor a process group."""
         ...
 
+    def is_done(self, step: int) -> bool:
+        """Whether the run has evaluated this step, before it was stopped; asked on the first rank."""
+        ...
+
     def __call__(self, model: Student, step: int) -> Mapping[str, float]:
         """Called on every rank at once.
 

@@ -62,6 +62,15 @@ CASES = [
         {"training__seq_len": 36, "parallelism__context_parallel_degree": 4, "parallelism__tensor_parallel_degree": 2},
         "training.seq_len",
     ),
+    ({"attention__context_layout": "head_tail"}, "attention.context_layout"),
+    (
+        {
+            "training__seq_len": 36,
+            "parallelism__context_parallel_degree": 4,
+            "attention__context_layout": "head_tail",
+        },
+        "training.seq_len",
+    ),
     ({"parallelism__tensor_parallel_degree": 0}, "parallelism.tensor_parallel_degree"),
     ({"parallelism__data_parallel_shard_degree": 0}, "parallelism.data_parallel_shard_degree"),
     (

@@ -110,14 +110,20 @@ def test_every_layout_says_the_same(world: SmallWorld, tested: Path, ranks: int,
 
 
 def test_resumed_between_and_after_the_steps(world: SmallWorld, tested: Path) -> None:
-    """Stopped after step 2's checkpoint, and again after the last one but before its test."""
-    for steps in (2, 3):
-        folder = world.folder / f"online/resumed{steps}"
-        shutil.copytree(tested, folder, ignore=shutil.ignore_patterns("DONE", "needle", *(["step-3"] * (steps == 2))))
-        world.run(f"online/resumed{steps}", 1, *NEEDLE, *SAVED)
+    """Stopped after a checkpoint and before or after the test of its step: a test is done once, and none is left out."""
+    for steps, was_tested in ((2, False), (2, True), (3, False)):
+        folder = world.folder / f"online/resumed{steps}{was_tested}"
+        last = 2 if was_tested else steps - 1  # tests before it were stopped
+        missing = [f"step-{step}.json" for step in (2, 3) if step > last]
+        shutil.copytree(tested, folder, ignore=shutil.ignore_patterns("DONE", *missing, *(["step-3"] * (steps == 2))))
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        records = [(json.loads(line), line) for line in lines]
+        kept = [line for record, line in records if record["kind"] != "needle" or record["step"] <= last]
+        (folder / "metrics.jsonl").write_text("".join(kept))
+        world.run(folder.relative_to(world.folder), 1, *NEEDLE, *SAVED)
         assert read_metrics(folder, "needle") == read_metrics(tested, "needle")
-        assert answers(folder, 3) == answers(tested, 3) and (folder / "DONE").is_file()
-        assert losses(folder) == losses(tested)
+        assert [answers(folder, step) for step in (2, 3)] == [answers(tested, step) for step in (2, 3)]
+        assert (folder / "DONE").is_file() and losses(folder) == losses(tested)
 
 
 def prompts_and_type(job: str, folder: str, overrides: list[str]) -> tuple[int, str]:

@@ -156,8 +156,8 @@ def test_a_block_mask_of_131_072_tokens() -> None:
 )
 def test_flex_attention_reads_the_tables(span: Span, shard: RowShard) -> None:
     """Its compiled kernel for CPUs, which goes by the tables of blocks; forward, which is all that it can do there."""
-    documents = torch.arange(shard.num_tokens).div(450, rounding_mode="floor").expand(2, -1)
-    mask = PackedRows(documents, "continue", shard).masks({"x": span})["x"]
+    documents = torch.stack([torch.arange(shard.num_tokens) // length for length in (450, 290)])
+    mask = PackedRows(documents, "reset", shard).masks({"x": span})["x"]
     blocks = block_mask(mask.first, mask.end, mask.num_keys)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, mask.first.shape[1], 16, generator=generator)
@@ -177,7 +177,7 @@ def test_tiles_are_the_dense_mask(span: Span, monkeypatch: pytest.MonkeyPatch) -
     dense = PackedRows(documents).masks({"x": wide})["x"].dense
     monkeypatch.setattr(attention_mask, "DENSE_ELEMENTS", 0)
     mask = PackedRows(documents).masks({"x": wide})["x"]
-    assert mask.dense is None and len(list(tiles(mask.first, mask.end))) > 4
+    assert mask.dense is None and len(tiles(mask.first, mask.end)) > 4
     query, upstream = torch.randn(2, 2, 4, 600, 8, generator=generator).unbind(0)
     key, value = torch.randn(2, 2, 2, 600, 8, generator=generator).unbind(0)
     results = []
@@ -191,6 +191,27 @@ def test_tiles_are_the_dense_mask(span: Span, monkeypatch: pytest.MonkeyPatch) -
         results.append([out, *(leaf.grad for leaf in leaves)])
     for ours, truth in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tiles_round_no_more_than_the_dense_mask(dtype: torch.dtype) -> None:
+    """Against fp64: in bf16 no further off than SDPA with one mask, although a key's gradient comes from many tiles."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, heads, 1500, 24, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
+    mask = PackedRows((torch.arange(1500) > 700).long().expand(2, -1)).masks({"x": Span(window=200)})["x"]
+    dense = dense_mask(mask.first, mask.end, 0, 1500)
+    results = []
+    for how in ("truth", "dense", "tiles"):
+        *leaves, upstream = [(t.double() if how == "truth" else t).clone() for t in tensors]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        if how == "tiles":
+            out = tiled_attention(*leaves, mask.first, mask.end)
+        else:
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=dense, enable_gqa=True)
+        out.backward(upstream)
+        results.append([out.double(), *(leaf.grad.double() for leaf in leaves)])
+    for truth, plain, ours in zip(*results, strict=True):
+        assert (ours - truth).norm() <= 1.05 * (plain - truth).norm() + 1e-9 * truth.norm()
 
 
 def test_tiled_attention_is_an_operator() -> None:
@@ -343,10 +364,10 @@ def test_head_and_tail_see_equally_many_keys() -> None:
 def test_flex_attention_equals_dense_mask(span: Span, degree: int, head_tail: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     wide = Span(span.window and 25 * span.window, span.chunk and 25 * span.chunk)
-    documents = torch.arange(1024, device="cuda").div(150, rounding_mode="floor").expand(2, 1024)
+    documents = torch.stack([torch.arange(1024, device="cuda") // length for length in (150, 400)])
     shard = RowShard(1024, degree, degree - 1, head_tail)
-    dense = PackedRows(documents.cpu(), "continue", shard).masks({"x": wide})["x"]
-    flex = PackedRows(documents, "continue", shard).masks({"x": wide})["x"]
+    dense = PackedRows(documents.cpu(), "reset", shard).masks({"x": wide})["x"]
+    flex = PackedRows(documents, "reset", shard).masks({"x": wide})["x"]
     assert dense.dense is not None and flex.blocks is not None
     num_queries = dense.first.shape[1]
     q = torch.randn(2, 4, num_queries, 64, device="cuda", generator=generator)

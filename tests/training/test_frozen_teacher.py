@@ -356,9 +356,10 @@ def on_a_gpu(folder: Path) -> tuple[float, bool]:
     dist.init_process_group("nccl")
     dims = ParallelDims(1, -1, 1, 1, pp=1, ep=1, etp=1, world_size=1)
     teacher = load_frozen_teacher(Case().config(folder), "block_causal", dims, device)
-    rows = torch.load(folder / "rows.pt", weights_only=False)["packed"]
+    rows = torch.load(folder / "rows.pt", weights_only=False)["reset"]
     arguments = [tensor.to(device) for tensor in (rows.tokens, rows.document_ids)]
-    hidden = teacher.hidden(arguments[0], PackedRows(arguments[1]))
+    positions: Positions = "reset"
+    hidden = teacher.hidden(arguments[0], PackedRows(arguments[1], positions))
     teacher._stream = torch.cuda.Stream()
     same = True
     for _ in range(3):
@@ -367,7 +368,7 @@ def on_a_gpu(folder: Path) -> tuple[float, bool]:
             100_000_000
         )  # inputs that are late, and a pass that ends late: who does not wait reads garbage
         tokens, documents = (tensor + torch.zeros_like(tensor) for tensor in arguments)
-        late = PackedRows(documents)
+        late = PackedRows(documents, positions)
         with torch.cuda.stream(teacher._stream):
             torch.cuda._sleep(200_000_000)
         pending = teacher.start(tokens, late)
