@@ -9,39 +9,38 @@ What is done already is not done again: finished runs are left alone, stopped on
 tests from their last cell.
 
     <job.dump_folder>/../ablations/<grid>/<variant>/                    the run's folder
-    <job.dump_folder>/../ablations/<grid>/<variant>/evaluation/step-N/  needle.json, needle.png, held_out.json
+    <job.dump_folder>/../ablations/<grid>/<variant>/evaluation/step-N/  needle_*/needle.json, .png; held_out_*.json
     <job.dump_folder>/../ablations/<grid>/logs/<variant>_train.log      what its commands printed
     <job.dump_folder>/../ablations/<grid>/<grid>.md .json .png          the table
 """
 
 import os
 import shlex
-import subprocess
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mobilellm_pro.config import JobError, smallest_world_size
 from mobilellm_pro.config.job_config import Needle
 from mobilellm_pro.evaluation.held_out import held_out
 from mobilellm_pro.evaluation.needle import needle
 from mobilellm_pro.evaluation.needle_online import OnlineNeedle
+from mobilellm_pro.evaluation.needle_results import RESULT
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline.ablation_grid import AblationGrid, Variant, choose, load_grid
-from mobilellm_pro.pipeline.ablation_report import HELD_OUT, evaluation_folder, read_held_out, read_needle, write_report
+from mobilellm_pro.pipeline.ablation_report import held_out_file, needle_folder, read_result, write_report
+from mobilellm_pro.pipeline.run_command import (
+    EVALUATE,
+    TRAIN,
+    evaluate_command,
+    num_processes,
+    run_logged,
+    train_command,
+)
 from mobilellm_pro.pipeline.train_job import online_evaluations
 from mobilellm_pro.training.preflight import problems
 from mobilellm_pro.training.run import is_finished
-
-TRAIN, EVALUATE = "TRAIN_COMMAND", "EVALUATE_COMMAND"
-
-
-class CommandFailed(ValueError):
-    """A variant's command ended with an error; the text names its log."""
 
 
 def ablate(
@@ -83,7 +82,7 @@ def ablate(
 
 
 def _describe(plan: AblationGrid, chosen: Sequence[Variant], *, commands: bool) -> str:
-    processes = _num_processes()
+    processes = num_processes()
     said = f"as ${TRAIN} starts" if processes is None else str(processes)
     lines = [f"{plan.path}: {len(chosen)} of {len(plan.variants)} variants of {plan.job}, processes of a run: {said}"]
     for variant in chosen:
@@ -94,7 +93,8 @@ def _describe(plan: AblationGrid, chosen: Sequence[Variant], *, commands: bool) 
         if variant.train:
             lines.append(f"  {shlex.join(_train_command(plan, variant))}")
         checkpoint = _expected(variant)
-        lines.append(f"  {shlex.join(_command('needle', checkpoint, [], _needle_options(plan, variant, checkpoint)))}")
+        needle_command = evaluate_command("needle", checkpoint, [], _needle_options(plan, variant, checkpoint))
+        lines.append(f"  {shlex.join(needle_command)}")
         lines.append(f"  {shlex.join(_held_out_command(plan, variant, checkpoint))}")
     return "\n".join(lines)
 
@@ -133,22 +133,14 @@ def _problems(variant: Variant) -> Iterator[str]:
         return
     try:
         if not is_finished(config):
-            processes = _num_processes() or smallest_world_size(config)
+            processes = num_processes() or smallest_world_size(config)
             yield from problems(config, processes, online_evaluations(config))
     except ValueError as error:
         yield str(error)
 
 
-def _num_processes() -> int | None:
-    """Of a training by `launch/train.sh`; None where the user's own command decides."""
-    if TRAIN in os.environ:
-        return None
-    per_node = int(os.environ.get("NPROC") or max(1, torch.cuda.device_count()))
-    return per_node * int(os.environ.get("NNODES") or 1)
-
-
 def _train_command(plan: AblationGrid, variant: Variant) -> list[str]:
-    return [*shlex.split(os.environ.get(TRAIN) or "bash launch/train.sh"), str(plan.job), *variant.words]
+    return train_command(plan.job, variant.words)
 
 
 def _expected(variant: Variant) -> Path:
@@ -166,59 +158,33 @@ def _evaluate(plan: AblationGrid, variant: Variant) -> None:
     checkpoint = _expected(variant)
     options = _needle_options(plan, variant, checkpoint)
     elsewhere = EVALUATE in os.environ
-    if read_needle(plan, variant, checkpoint) is None:
+    if read_result(needle_folder(plan, variant, checkpoint) / RESULT) is None:
         print(f"\n{variant.name}: needle test of {checkpoint}", flush=True)
         if elsewhere:
-            _run(plan, variant, "needle", _command("needle", checkpoint, [], options))
+            _run(plan, variant, "needle", evaluate_command("needle", checkpoint, [], options))
         else:
             needle(str(checkpoint), **options)
-    if read_held_out(plan, variant, checkpoint) is None:
+    if read_result(held_out_file(plan, variant, checkpoint)) is None:
         if elsewhere:
             _run(plan, variant, "held-out", _held_out_command(plan, variant, checkpoint))
         else:
-            held_out(str(checkpoint), plan.base, output=str(evaluation_folder(variant, checkpoint) / HELD_OUT))
+            held_out(str(checkpoint), plan.base, output=str(held_out_file(plan, variant, checkpoint)))
 
 
 def _needle_options(plan: AblationGrid, variant: Variant, checkpoint: Path) -> dict[str, Any]:
     """Of the verb, and of its function."""
     test = plan.needle
-    options: dict[str, Any] = {"output": str(evaluation_folder(variant, checkpoint)), "lengths": test.lengths}
+    options: dict[str, Any] = {"output": str(needle_folder(plan, variant, checkpoint)), "lengths": test.lengths}
     options |= {"depths": test.depths, "needles": test.needles, "batch": test.batch}
     options |= {"haystack": test.haystack} if test.haystack else {}
     return options | ({} if variant.train else {"allow_longer": True})
 
 
 def _held_out_command(plan: AblationGrid, variant: Variant, checkpoint: Path) -> list[str]:
-    output = {"output": str(evaluation_folder(variant, checkpoint) / HELD_OUT)}
-    return _command("held-out", checkpoint, [str(plan.job), *plan.base_words], output)
-
-
-def _command(verb: str, checkpoint: Path, words: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    prefix = shlex.split(os.environ.get(EVALUATE) or "mobilellm-pro")
-    command = [*prefix, verb, str(checkpoint), *words]
-    for name, value in options.items():
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        command += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return command
+    output = {"output": str(held_out_file(plan, variant, checkpoint))}
+    return evaluate_command("held-out", checkpoint, [str(plan.job), *plan.base_words], output)
 
 
 def _run(plan: AblationGrid, variant: Variant, kind: str, command: list[str]) -> None:
     """Runs a command to its end; what it prints goes to a log."""
-    log = plan.folder / "logs" / f"{variant.name}_{kind}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n{variant.name}: {kind}, log {log}", flush=True)
-    start = time.monotonic()
-    with log.open("a") as stream:
-        stream.write(f"$ {shlex.join(command)}\n")
-        stream.flush()
-        try:
-            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
-        except FileNotFoundError:
-            raise CommandFailed(f"{command[0]}: no such program; correct {TRAIN} or {EVALUATE}") from None
-    if status:
-        last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-5:])
-        raise CommandFailed(
-            f'variant "{variant.name}": {kind} ended with status {status}; its log is {log}, which ends\n{last}\n'
-            "mend the cause and start again: what is done stays done"
-        )
-    print(f"{variant.name}: {kind} took {time.monotonic() - start:.0f} s", flush=True)
+    run_logged("variant", variant.name, kind, command, plan.folder / "logs" / f"{variant.name}_{kind}.log")

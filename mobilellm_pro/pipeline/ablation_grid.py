@@ -16,16 +16,15 @@ A variant with `train = false` is the checkpoint that the job begins with, teste
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.config import ConfigError, JobConfig, Problem, load
+from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.config_error import nearest_name
-from mobilellm_pro.config.overrides import SOURCE as COMMAND_LINE
 from mobilellm_pro.config.typed_values import check_table, describe_value
+from mobilellm_pro.pipeline.varied_job import flatten, load_varied, override_problems, read_toml, words_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -128,27 +127,26 @@ def load_grid(path: str | Path, folder: str | Path | None = None) -> AblationGri
         ConfigError: with all problems of the grid and of all its jobs.
     """
     path = Path(path)
-    raw = _read(path)
-    variants = raw.pop("variant", None)
+    raw = read_toml(path, "a grid")
+    raw_variants = raw.pop("variant", None)
     values, problems = check_table(GridTable, raw, str(path))
     if not values.get("job"):
         problems.append(Problem(str(path), "job", "nothing", "the TOML file of the job, relative to the grid's folder"))
-    tables = list(_variant_tables(variants, path, problems))
+    tables = list(_variant_tables(raw_variants, path, problems))
     needle = NeedleTest(**values.get("needle", {}))
     job = Path(os.path.normpath(path.parent / values.get("job", "")))
     common = values.get("overrides", {})
     problems += [*_override_problems(common, f"{path}: overrides"), *_needle_problems(needle, path)]
     problems += _variant_problems(tables, path)
-    base = None if problems else _load(job, _words(common), f"{path}: overrides", problems)
+    base = None if problems else load_varied(job, words_of(common), f"{path}: overrides", problems)
     if base is None:
         raise ConfigError(str(path), list(dict.fromkeys(problems)))
     root = Path(folder) if folder else Path(base.job.dump_folder).parent / "ablations" / path.stem
     found = [_variant(table, common, job, root, path, needle, problems) for table in tables]
     if problems:
         raise ConfigError(str(path), list(dict.fromkeys(problems)))
-    return AblationGrid(
-        path, job, needle, root, base, tuple(_words(common)), tuple(variant for variant in found if variant is not None)
-    )
+    variants = tuple(variant for variant in found if variant is not None)
+    return AblationGrid(path, job, needle, root, base, tuple(words_of(common)), variants)
 
 
 def choose(grid: AblationGrid, only: list[str] | None) -> list[Variant]:
@@ -164,13 +162,6 @@ def choose(grid: AblationGrid, only: list[str] | None) -> list[Variant]:
             guess = f"; did you mean {nearest}?" if nearest else ""
             raise ValueError(f"--only {name}: {grid.path} has the variants {', '.join(names)}{guess}")
     return [variant for variant in grid.variants if not only or variant.name in only]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(str(path), [Problem(str(path), "", f"no readable TOML ({error})", "a grid")]) from None
 
 
 def _variant_tables(raw: Any, path: Path, problems: list[Problem]) -> Iterator[VariantTable]:
@@ -207,12 +198,8 @@ def _variant_problems(tables: list[VariantTable], path: Path) -> Iterator[Proble
 
 def _override_problems(overrides: dict[str, Any], place: str) -> Iterator[Problem]:
     """Unknown keys and wrong types, and keys that a grid must not change."""
-    yield from check_table(JobConfig, overrides, place)[1]
-    for key, value in flatten(overrides).items():
-        if key == "job.dump_folder":
-            yield Problem(place, key, f'"{value}"', "no such key: every variant gets a folder of its own (--output)")
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            yield Problem(place, key, "tables", "a job file of its own: a grid changes plain keys")
+    kept = {"job.dump_folder": "no such key: every variant gets a folder of its own (--output)"}
+    yield from override_problems(overrides, place, kept)
 
 
 def _needle_problems(needle: NeedleTest, path: Path) -> Iterator[Problem]:
@@ -234,8 +221,8 @@ def _variant(
     problems: list[Problem],
 ) -> Variant | None:
     place, folder = f'{path}: variant "{table.name}"', root / table.name
-    words = [*_words(common), *_words(table.overrides), f"--job.dump_folder={folder}"]
-    config = _load(job, words, place, problems)
+    words = [*words_of(common), *words_of(table.overrides), f"--job.dump_folder={folder}"]
+    config = load_varied(job, words, place, problems)
     if config is None:
         return None
     checkpoint = config.checkpoint
@@ -247,33 +234,3 @@ def _variant(
         expected = f"lengths up to training.seq_len = {config.training.seq_len}"
         problems.append(Problem(place, "needle.lengths", str(max(needle.lengths)), expected))
     return Variant(table.name, table.why, table.train, flatten(table.overrides), tuple(words), config, folder)
-
-
-def _load(job: Path, words: list[str], place: str, problems: list[Problem]) -> JobConfig | None:
-    try:
-        return load(job, words)
-    except ConfigError as error:
-        for problem in error.problems:
-            source = place if problem.source == COMMAND_LINE else f"{place}: {problem.source}"
-            problems.append(Problem(source, problem.key, problem.found, problem.expected, problem.nearest))
-        return None
-
-
-def flatten(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in overrides.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _words(overrides: Mapping[str, Any]) -> list[str]:
-    """As on the command line; one word a key, so that no value is taken for a key."""
-    return [f"--{key}={word_of(value)}" for key, value in flatten(overrides).items()]
-
-
-def word_of(value: Any) -> str:
-    """A TOML value as a word of the command line."""
-    if isinstance(value, (bool, list)):
-        return json.dumps(value)  # JSON's booleans and plain arrays are TOML's
-    return str(value)

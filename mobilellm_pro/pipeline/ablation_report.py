@@ -1,18 +1,20 @@
 """What the variants of an ablation came to: a table, the same as JSON, and the needle scores by length as a plot."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mobilellm_pro.data import manifest
 from mobilellm_pro.evaluation.held_out import held_out_settings
 from mobilellm_pro.evaluation.needle_plot import plot_models
 from mobilellm_pro.evaluation.needle_results import RESULT
 from mobilellm_pro.model.checkpoint import latest_checkpoint
-from mobilellm_pro.pipeline.ablation_grid import AblationGrid, Variant, word_of
+from mobilellm_pro.pipeline.ablation_grid import AblationGrid, Variant
+from mobilellm_pro.pipeline.varied_job import word_of
 from mobilellm_pro.training.run_folder import read_metrics, write_atomically
-
-HELD_OUT = "held_out.json"
 
 
 def write_report(plan: AblationGrid) -> list[dict[str, Any]]:
@@ -65,35 +67,35 @@ def note(plan: AblationGrid) -> str:
     )
 
 
-def evaluation_folder(variant: Variant, checkpoint: Path) -> Path:
-    """Where the results of a checkpoint lie."""
+def needle_folder(plan: AblationGrid, variant: Variant, checkpoint: Path) -> Path:
+    """Where the needle test of a checkpoint lies; another test, other text or another checkpoint has another folder."""
+    test = asdict(plan.needle)
+    haystack = [test["haystack"]] if test["haystack"] else []
+    return _results(variant, checkpoint) / f"needle_{_digest(checkpoint, test, haystack)}"
+
+
+def held_out_file(plan: AblationGrid, variant: Variant, checkpoint: Path) -> Path:
+    """Where the held-out result of a checkpoint lies; that of other documents has another name."""
+    settings = held_out_settings(plan.base)
+    digest = _digest(checkpoint, settings, [path for _, path, _ in settings["corpora"]])
+    return _results(variant, checkpoint) / f"held_out_{digest}.json"
+
+
+def _results(variant: Variant, checkpoint: Path) -> Path:
     return variant.folder / "evaluation" / checkpoint.name
 
 
-def read_needle(plan: AblationGrid, variant: Variant, checkpoint: Path) -> dict[str, Any] | None:
-    """The result of this very test on this checkpoint, or None."""
-    result = _read(evaluation_folder(variant, checkpoint) / RESULT, checkpoint)
-    if result is None:
-        return None
-    settings, test = result["settings"], plan.needle
-    wanted = {"lengths": test.lengths, "num_depths": test.depths, "num_needles": test.needles}
-    same = all(settings[key] == value for key, value in wanted.items())
-    return result if same and (settings["haystack"] == "generated") == (not test.haystack) else None
-
-
-def read_held_out(plan: AblationGrid, variant: Variant, checkpoint: Path) -> dict[str, Any] | None:
-    """The result of this checkpoint on the documents that the job names now, or None."""
-    result = _read(evaluation_folder(variant, checkpoint) / HELD_OUT, checkpoint)
-    return result if result is not None and result["settings"] == held_out_settings(plan.base) else None
-
-
-def _read(path: Path, checkpoint: Path) -> dict[str, Any] | None:
-    """None also where the checkpoint was written anew since."""
+def _digest(checkpoint: Path, settings: Mapping[str, Any], corpora: Sequence[str]) -> str:
+    """Of what was asked, of the texts it was asked about, and of when the checkpoint was written."""
     files = [checkpoint / name for name in (".metadata", "config.json")]
-    written = [file.stat().st_mtime for file in files if file.is_file()]
-    if not path.is_file() or not written or path.stat().st_mtime < max(written):
-        return None
-    return json.loads(path.read_text())
+    files += [Path(corpus) / manifest.FILE for corpus in corpora]
+    written = [file.stat().st_mtime_ns if file.is_file() else 0 for file in files]
+    return hashlib.sha256(json.dumps([settings, written], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result, or None where there is none yet."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _row(plan: AblationGrid, variant: Variant) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def _row(plan: AblationGrid, variant: Variant) -> dict[str, Any]:
         checkpoint = Path(variant.config.checkpoint.initial_load_path)
         row |= {"steps": 0, "tokens": 0}
     row["checkpoint"] = str(checkpoint)
-    held_out, needle = read_held_out(plan, variant, checkpoint), read_needle(plan, variant, checkpoint)
+    held_out = read_result(held_out_file(plan, variant, checkpoint))
+    needle = read_result(needle_folder(plan, variant, checkpoint) / RESULT)
     row["bits_per_byte"] = None if held_out is None else held_out["bits_per_byte"]
     row["needle"] = None if needle is None else _needle_scores(needle)
     return row

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mobilellm_pro.config import ConfigError
-from mobilellm_pro.pipeline.ablation_grid import choose, flatten, load_grid
+from mobilellm_pro.pipeline.ablation_grid import choose, load_grid
+from mobilellm_pro.pipeline.varied_job import flatten
 from tests.training.small_world import SmallWorld
 
 JOB_WORDS = """
