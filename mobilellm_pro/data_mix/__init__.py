@@ -1,0 +1,8 @@
+"""Data mixing room: from raw corpora to static sampling weights, by simulation instead of training (paper, section 4).
+
+Reading order, from text to influence: `ngram_table` (compiled counts) -> `ngram_model` (one language model of a domain)
+-> `influence` (all domains, exact and incremental) -> `simulation` (one pass over the corpora in the order of
+`simulation_order`, recorded by `influence_curve`, kept by `simulation_state`, exported by `simulation_export`).
+
+Needs the optional packages of `pip install mobilellm-pro[mix]`. This file imports nothing.
+"""
