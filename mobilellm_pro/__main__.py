@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "inspect": "mobilellm_pro.data.inspection:inspect",
     "show": "mobilellm_pro.__main__:show",
     "validate": "mobilellm_pro.__main__:validate",
+    "mix": "mobilellm_pro.pipeline.data_mix:mix",
     "plan": "mobilellm_pro.pipeline.plan:plan",
     "train": "mobilellm_pro.pipeline.train_job:train",
     "convert": "mobilellm_pro.convert.conversion:convert",

@@ -148,6 +148,10 @@ class Data:
     datasets: list[Dataset] = field(default_factory=list)
     """The corpora, as `[[data.datasets]]` tables."""
 
+    mix: str = ""
+    """TOML file with such tables, as `mobilellm-pro mix` writes it. They replace those of the base when the file is
+    loaded, which leaves this key empty."""
+
     renormalize_weights: bool = False
     """Divide the weights by their sum instead of refusing a sum other than 1."""
 

@@ -3,6 +3,9 @@
 A file may begin with `base = "common.toml"`, relative to its own folder; the base has no base itself. Tables merge key
 by key, arrays replace. The command line comes last. Every layer is checked against the dataclasses for unknown keys and
 wrong types, then the whole is checked by `checks.py`; all problems are reported together.
+
+`data.mix = "outputs/debug/mix/weights.toml"` in any layer stands for the `[[data.datasets]]` tables of that file. They
+are read now and the key is gone afterwards, so what a run keeps as its configuration does not change with the file.
 """
 
 import tomllib
@@ -46,7 +49,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     for layer in layers:
         values, more = check_table(JobConfig, layer.values, layer.source)
         problems += more
-        _merge(merged, values, sources, layer.source)
+        for part in _with_mix(Layer(layer.source, values), problems):
+            _merge(merged, part.values, sources, part.source)
     config = _build(JobConfig, merged, sources, problems)
     unreadable = [problem.key for problem in problems]
     problems += [
@@ -89,6 +93,26 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Problem]]:
         return {}, [Problem(str(path), "", f"bytes that are not UTF-8 ({error.reason})", "a TOML file in UTF-8")]
     except tomllib.TOMLDecodeError as error:
         return {}, [Problem(str(path), "", f"text that is not TOML: {error}", "a TOML file")]
+
+
+def _with_mix(layer: Layer, problems: list[Problem]) -> list[Layer]:
+    """The layer without `data.mix`, and the tables of the file that it names as a layer of their own."""
+    data = layer.values.get("data", {})
+    mix = data.pop("mix", "")
+    if not mix:
+        return [layer]
+    if "datasets" in data:
+        found = f'"{mix}" beside [[data.datasets]]'
+        problems.append(Problem(layer.source, "data.mix", found, "one of the two: the file holds such tables"))
+        return [layer]
+    raw, more = _read(Path(mix))
+    if not more and (list(raw) != ["data"] or not isinstance(raw["data"], dict) or list(raw["data"]) != ["datasets"]):
+        more = [Problem(mix, "", "something else than [[data.datasets]]", "these tables only, as `mix` writes them")]
+    values: dict[str, Any] = {}
+    if not more:
+        values, more = check_table(JobConfig, raw, mix)
+    problems += [Problem(f"{layer.source}: data.mix: {p.source}", p.key, p.found, p.expected, p.nearest) for p in more]
+    return [layer, Layer(mix, values)]
 
 
 def _merge(

@@ -9,6 +9,7 @@ import pytest
 from mobilellm_pro.config import load, resolved_toml
 from mobilellm_pro.evaluation.needle_grid import Grid
 from mobilellm_pro.pipeline.ablation_grid import load_grid
+from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 FILES = {path: tomllib.loads(path.read_text()) for path in sorted(FOLDER.rglob("*.toml"))}
@@ -92,3 +93,15 @@ def test_debug_grids_have_the_same_variants(path: Path):
         for file in (path, twin)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("folder", ["debug", "mobilellm_pro_1b"])
+def test_the_mix_is_of_the_corpora_of_the_phases(folder: str):
+    plan = load_mix_plan(FOLDER / folder / "0_data_mix.toml")
+    phase = load(FOLDER / folder / "1_language.toml")
+    assert plan.job == FOLDER / folder / "1_language.toml" and plan.base.distill.objective == "ce"
+    assert {(x.name, x.path) for x in plan.corpora} == {(x.name, x.path) for x in phase.data.datasets}
+    training = phase.training
+    tokens = training.steps * training.global_batch_size * training.seq_len
+    assert plan.weights.train_tokens == pytest.approx(tokens, rel=0.01)
+    assert plan.folder.parent == Path(phase.job.dump_folder).parent

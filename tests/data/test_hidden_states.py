@@ -65,9 +65,7 @@ def write(folder: Path, rows: list[int], cache: CacheKey = BF16, parts: int = 1,
                 writer.add([A], [row], hidden(row, cache)[None, first : first + size], first=first)
 
 
-def reader(
-    folder: Path, cache: CacheKey = BF16, pieces: Sequence[tuple[int, int]] | None = None
-) -> HiddenStateReader:
+def reader(folder: Path, cache: CacheKey = BF16, pieces: Sequence[tuple[int, int]] | None = None) -> HiddenStateReader:
     return HiddenStateReader([CorpusIndex.open(folder, cache, key) for key in (A, B)], cache, pieces=pieces)
 
 

@@ -1,0 +1,241 @@
+"""The steps `fit` and `weights` of the verb `mix`: from simulation and proxies to the weights and their report.
+
+A mixture is described to the regressors by logs and roots of its weights and by its average of the corpora's influence
+(`data_mix.regression`); beside that stands the same without influence, which is RegMix's way. All are judged alike:
+every proxy is predicted from all the others.
+
+The interval of a weight is over `fit.draws` fits, each with another seed and on another four fifths of the proxies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mobilellm_pro.data_mix.influence_curve import InfluenceCurve, influence_features, influence_matrix
+from mobilellm_pro.data_mix.regression import REGRESSORS, mixture_features
+from mobilellm_pro.data_mix.regression_calibration import Calibration, check_calibration
+from mobilellm_pro.data_mix.regression_score import leave_one_out, rank_correlation
+from mobilellm_pro.data_mix.regressor import MIN_RUNS
+from mobilellm_pro.data_mix.report_page import write_report
+from mobilellm_pro.data_mix.report_record import make_report, prediction_record
+from mobilellm_pro.data_mix.weights import (
+    MixProblem,
+    WeightResult,
+    baseline_weights,
+    datasets_fragment,
+    static_weights,
+)
+from mobilellm_pro.data_mix.weights_search import searched_weights
+from mobilellm_pro.data_mix.weights_utility import Utility, regressor_utility, source_gains
+from mobilellm_pro.pipeline.data_mix_calibration import read_calibration
+from mobilellm_pro.pipeline.data_mix_folder import (
+    FIT,
+    WEIGHTS,
+    WEIGHTS_RECORD,
+    digest,
+    read_if_made_of,
+    write_json,
+    write_text,
+)
+from mobilellm_pro.pipeline.data_mix_plan import MixPlan
+from mobilellm_pro.pipeline.data_mix_simulation import natural_tokens, read_curves
+
+UTILITY = "utility"
+ALONE = "weights alone"
+_KEPT_RUNS = 0.8
+_NOTES = (
+    "Utility is minus the weighted mean of the proxies' bits per byte on the held-out text of the domains. The pools "
+    "of the simulation are drawn from the same held-out text.",
+    "Proxies are small and short: that their order of mixtures holds for a larger model is an assumption.",
+    "An interval is over fits with other seeds on other four fifths of the proxies. It does not hold what proxies "
+    "with other training seeds would add.",
+)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What both steps start from: N proxies, K corpora, D domains.
+
+    Attributes:
+        runs: names of the proxies.
+        weights, losses: [N, K] and [N, D], bits per byte.
+        values: [D] weights of the utility.
+        influence: [K, F] features of each corpus.
+        curves: of the simulation.
+        identity: digest of all of it.
+    """
+
+    runs: tuple[str, ...]
+    weights: np.ndarray
+    losses: np.ndarray
+    values: np.ndarray
+    influence: np.ndarray
+    curves: dict[str, InfluenceCurve]
+    identity: str
+
+
+def fit(plan: MixPlan) -> dict[str, Any]:
+    """Judges the regressors on mixtures that they have not seen, and writes fit.json.
+
+    Returns:
+        scores: regressor -> mean over domains and utility of the leave-one-mixture-out rank correlation; None where
+            none is defined; predictions: see `report_record.prediction_record`, of the plan's regressor.
+
+    Raises:
+        FileNotFoundError: simulation or calibration have not been done.
+        ValueError: calibration runs that diverged, domains that are absent, too few proxies.
+    """
+    data = _read(plan)
+    names, made_of = _regressors(plan), _fit_identity(plan, data)
+    found = read_if_made_of(plan.folder / FIT, made_of)
+    if found is not None:
+        print(f"fit: done, {plan.folder / FIT}", flush=True)
+        return found
+    targets = [UTILITY, *(domain.name for domain in plan.domains)]
+    losses = np.concatenate((data.losses @ data.values[:, None], data.losses), axis=1)
+    scores: dict[str, float | None] = {}
+    predictions: dict[str, Any] = {}
+    variants = [(name, influence) for name in names for influence in (data.influence, None)]
+    for name, influence in tqdm(variants, desc="fit", unit="regressor", disable=None):
+        features = mixture_features(data.weights, influence)
+        predicted = leave_one_out(REGRESSORS[name], features, data.losses, seed=plan.seed)
+        predicted = np.concatenate((predicted @ data.values[:, None], predicted), axis=1)
+        rho = rank_correlation(predicted, losses)
+        scores[name if influence is not None else f"{name}, {ALONE}"] = _mean(rho)
+        if name == plan.fit.regressor and influence is not None:
+            predictions = prediction_record(targets, data.runs, predicted, losses)
+    record = {"made_of": made_of, "scores": scores, "predictions": predictions}
+    write_json(plan.folder / FIT, record)
+    for name, score in scores.items():
+        print(f"fit: {name}: rank correlation {'undefined' if score is None else f'{score:.3f}'}", flush=True)
+    return record
+
+
+def find_weights(plan: MixPlan) -> dict[str, Any]:
+    """Writes weights.toml, weights.json and the report.
+
+    Returns:
+        weights: for each corpus how its weight came about (`WeightResult.explain`).
+
+    Raises:
+        FileNotFoundError: an earlier step has not been done.
+        ValueError: as `fit`; caps or a floor that cannot be met.
+    """
+    problem, data = mix_problem(plan), _read(plan)
+    judged = read_if_made_of(plan.folder / FIT, _fit_identity(plan, data)) or fit(plan)
+    paths = {corpus.name: corpus.path for corpus in plan.corpora}
+    made_of = digest(judged["made_of"], asdict(plan.weights), plan.fit.draws, list(problem.tokens), paths)
+    found = read_if_made_of(plan.folder / WEIGHTS_RECORD, made_of)
+    if found is not None and (plan.folder / WEIGHTS).is_file():
+        print(f"weights: done, {plan.folder / WEIGHTS}", flush=True)
+        return found
+    utility, result = _solve(plan, problem, data, data.influence)
+    _, alone = _solve(plan, problem, data, None)
+    baselines = {**baseline_weights(problem.names, problem.tokens), f"regression on {ALONE}": alone.weights}
+    _report(plan, data, judged, result, baselines, utility)
+    write_text(plan.folder / WEIGHTS, datasets_fragment(result, paths))
+    record: dict[str, Any] = {"made_of": made_of, "method": result.method, "weights": result.explain()}
+    write_json(plan.folder / WEIGHTS_RECORD, record)  # last: the step is done then
+    for row in result.explain():
+        print(f"weights: {row['name']} {row['weight']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
+              f"natural share {row['natural_share']:.4f} {row['limit']}", flush=True)  # fmt: skip
+    print(f"weights: {plan.folder / WEIGHTS}, for a job's --data.mix", flush=True)
+    return record
+
+
+def _read(plan: MixPlan) -> _Data:
+    record, curves = read_calibration(plan), read_curves(plan.folder)
+    rows = record["proxies"]
+    runs = tuple(f"proxy {row['name']}" for row in rows)
+    weights, losses = (np.array([row[key] for row in rows], np.float64) for key in ("weights", "bits_per_byte"))
+    domains = tuple(domain.name for domain in plan.domains)
+    check_calibration(Calibration(runs, tuple(plan.names), weights, domains, losses), plan.names)
+    values = np.array([domain.weight for domain in plan.domains])
+    influence = influence_features({name: curves[name] for name in plan.names})
+    identity = digest(rows, values.tolist(), influence.tobytes())
+    return _Data(runs, weights, losses, values, influence, curves, identity)
+
+
+def _regressors(plan: MixPlan) -> list[str]:
+    return list(dict.fromkeys([plan.fit.regressor, *plan.fit.compare]))
+
+
+def _fit_identity(plan: MixPlan, data: _Data) -> str:
+    return digest(data.identity, _regressors(plan), plan.seed)
+
+
+def mix_problem(plan: MixPlan) -> MixProblem:
+    """What weights are wanted for.
+
+    Raises:
+        FileNotFoundError: no such corpus.
+        ValueError: caps and floors that cannot be met: which corpora, how many tokens are missing.
+    """
+    tokens, settings = natural_tokens(plan), plan.weights
+    return MixProblem(
+        list(tokens), list(tokens.values()), settings.train_tokens, settings.temperature, settings.epoch_cap,
+        settings.floor,
+    )  # fmt: skip
+
+
+def _solve(
+    plan: MixPlan, problem: MixProblem, data: _Data, influence: np.ndarray | None
+) -> tuple[Utility, WeightResult]:
+    """The utility by the plan's regressor, with or without influence, and the weights that follow from it."""
+    features, maker = mixture_features(data.weights, influence), REGRESSORS[plan.fit.regressor]
+
+    def utility_of(seed: int, chosen: np.ndarray) -> Utility:
+        fitted = maker(seed).fit(features[chosen], data.losses[chosen])
+        return regressor_utility(fitted, values=data.values, influence=influence)
+
+    utility = utility_of(plan.seed, np.arange(len(features)))
+    draws = []
+    for draw in tqdm(range(plan.fit.draws), desc="weights", unit="fit", disable=None):
+        order = np.random.default_rng([plan.seed, draw]).permutation(len(features))
+        kept = max(round(_KEPT_RUNS * len(order)), min(len(order), MIN_RUNS))
+        draws.append(utility_of(plan.seed + 1 + draw, np.sort(order[:kept])))
+    if plan.weights.method == "search":
+        return utility, searched_weights(problem, utility, draws, seed=plan.seed)
+    at = problem.natural()
+    gains = np.stack([source_gains(draw, at) for draw in draws]) if draws else None
+    return utility, static_weights(problem, source_gains(utility, at), gains)
+
+
+def _report(
+    plan: MixPlan, data: _Data, judged: Mapping[str, Any], result: WeightResult, baselines: Mapping[str, np.ndarray],
+    utility: Utility,
+) -> list[Path]:  # fmt: skip
+    mixtures = {"ours": result.weights, **baselines}
+    predicted = utility(np.stack(list(mixtures.values())))
+    measured = {"natural": "proxy 000", "uniform": "proxy 001"}
+    notes = [
+        f"Measured utility of {name} ({run}): {-float(data.losses[data.runs.index(run)] @ data.values):.4f}."
+        for name, run in measured.items()
+        if run in data.runs
+    ]
+    columns = [*plan.names, *(domain.name for domain in plan.targets)]
+    curves = {name: (data.curves[name].tokens, data.curves[name].mean) for name in plan.names}
+    settings = {"corpora": plan.names, "domains": [[x.name, x.weight] for x in plan.domains], "proxies": len(data.runs)}
+    settings |= {"seed": plan.seed, "job": str(plan.job), "words": list(plan.words)}
+    settings |= {section: asdict(getattr(plan, section)) for section in ("simulation", "fit", "weights")}
+    report = make_report(
+        f"Mix of {', '.join(plan.names)}", result, baselines,
+        influence=influence_matrix({name: data.curves[name] for name in plan.names}),
+        domains=columns,
+        curves=curves,
+        predictions=judged["predictions"],
+        predicted_utility=dict(zip(mixtures, predicted.tolist(), strict=True)),
+        scores={name: score for name, score in judged["scores"].items() if score is not None},
+        settings=settings,
+        notes=[*notes, *_NOTES],
+    )  # fmt: skip
+    return write_report(report, plan.folder)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None

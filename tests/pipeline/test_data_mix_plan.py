@@ -1,0 +1,126 @@
+"""The plan of a mix is read strictly: every mistake in it and in its proxies' job is named, at once."""
+
+from pathlib import Path
+
+import pytest
+
+from mobilellm_pro.config import ConfigError
+from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
+from tests.training.small_world import SmallWorld
+
+PLAN = """
+output = "{output}"
+seed = 3
+[[corpus]]
+name = "a"
+path = "{folder}/tokens/a"
+[[corpus]]
+name = "b"
+path = "{folder}/tokens/b"
+[[domain]]
+name = "a"
+path = "{folder}/tokens/a"
+weight = 1.0
+[[domain]]
+name = "exam"
+path = "{folder}/tokens/exam"
+weight = 3.0
+[simulation]
+sample_tokens = 32
+pool_tokens = 300
+record_tokens = 2000
+base_tokens = 1000
+save_samples = 50
+[proxy]
+job = "job.toml"
+count = 5
+concentration = 3.0
+least_weight = 0.05
+parallel = 2
+[proxy.overrides]
+distill.objective = "ce"
+training.steps = 3
+checkpoint.enable = true
+checkpoint.interval = 3
+validation.enable = true
+validation.seq_len = 64
+validation.local_batch_size = 4
+validation.steps = 2
+[fit]
+regressor = "linear"
+compare = ["gaussian_process"]
+draws = 3
+[weights]
+train_tokens = 5000
+temperature = 0.1
+floor = 0.05
+"""
+
+
+def write_plan(folder: Path, world: SmallWorld, *, output: Path | None = None, name: str = "mix.toml") -> Path:
+    """A plan for corpora in `folder/tokens`, and its job beside it."""
+    job = world.job.read_text().replace(f"{world.folder}/run", f"{folder}/run")
+    (folder / "job.toml").write_text(job)
+    (folder / name).write_text(PLAN.format(folder=folder, output=output or folder / "out/mix"))
+    return folder / name
+
+
+def test_a_good_plan(world: SmallWorld, tmp_path: Path) -> None:
+    path = write_plan(tmp_path, world)
+    plan = load_mix_plan(path)
+    assert plan.names == ["a", "b"] and [x.name for x in plan.targets] == ["exam"]
+    assert [(x.name, x.weight) for x in plan.domains] == [("a", 0.25), ("exam", 0.75)]
+    assert plan.job == tmp_path / "job.toml" and plan.base.training.steps == 3
+    assert "--distill.objective=ce" in plan.words and plan.weights.epoch_cap == 4.0
+    text = path.read_text()
+    path.write_text(text[: text.index("[[domain]]")] + text[text.index("[simulation]") :])
+    assert [(x.name, x.weight) for x in load_mix_plan(path).domains] == [("a", 0.5), ("b", 0.5)]
+
+
+CASES = [
+    ("seed = 3", "sede = 3", ["sede: found an unknown key", "did you mean seed?"]),
+    ('output = "', 'output = ""\n# "', ["output: found nothing; expected a folder"]),
+    ('name = "b"', 'name = "a"', ['corpus[1].name: found "a" a second time; expected one name for one corpus']),
+    ('name = "exam"', 'name = "a"', ['domain[1].name: found "a" a second time', "while the corpus"]),
+    ('name = "exam"', 'name = "b"', ["domain[1].path", "the same folder, or another name"]),
+    ('name = "b"', 'nam = "b"', ["corpus[1].nam: found an unknown key", "did you mean name?"]),
+    ("weight = 3.0", "weight = -1.0", ["domain[1].weight: found -1.0"]),
+    ("pool_tokens", "pool_token", ["simulation.pool_token: found an unknown key", "did you mean pool_tokens?"]),
+    ("sample_tokens = 32", "sample_tokens = 0", ["simulation.sample_tokens: found 0; expected at least 1"]),
+    ('job = "job.toml"', "", ["proxy.job: found nothing"]),
+    ('job = "job.toml"', 'job = "nowhere.toml"', ["nowhere.toml: found no such file"]),
+    ("count = 5", "count = 4", ["proxy.count: found 4; expected at least 5"]),
+    ("count = 5", "count = 5\nleave_out = [1]", ["proxy.count: found 5", "those left out"]),
+    ("count = 5", "count = 9\nleave_out = [9]", ["proxy.leave_out: found [9]"]),
+    ("least_weight = 0.05", "least_weight = 0.5", ["proxy.least_weight: found 0.5", "below 1 / 2 corpora"]),
+    ("training.steps = 3", "training.step = 3", ["proxy.overrides: training.step: found an unknown key"]),
+    ("training.steps = 3", "training.steps = -3", ["proxy.overrides: training.steps: found -3"]),
+    ("training.steps = 3", 'data.mix = "x"', ["every proxy gets a mixture of its own"]),
+    ("training.steps = 3", 'job.dump_folder = "x"', ["every proxy gets a folder of its own"]),
+    ("checkpoint.enable = true", "", ["checkpoint.enable: found false; expected true"]),
+    ("validation.enable = true", "validation.enable = false", ["validation.enable: found false"]),
+    ('regressor = "linear"', 'regressor = "liner"', ["fit.regressor: found liner; expected one of gaussian_process"]),
+    ("train_tokens = 5000", "", ["weights.train_tokens: found 0; expected tokens of the run"]),
+    ("temperature = 0.1", "temperature = 0.0", ["weights.temperature: found 0.0"]),
+    ("floor = 0.05", "floor = 0.6", ["weights.floor: found 0.6; expected 0 up to 1 / 2 corpora"]),
+    ("[weights]", "[weights", ["no readable TOML"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "messages"), CASES, ids=[f"{case[1]:.30}" for case in CASES])
+def test_a_mistake_is_named(world: SmallWorld, tmp_path: Path, old: str, new: str, messages: list[str]) -> None:
+    path = write_plan(tmp_path, world)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load_mix_plan(path)
+    for message in messages:
+        assert message in str(error.value), str(error.value)
+
+
+def test_all_mistakes_are_named_at_once(world: SmallWorld, tmp_path: Path) -> None:
+    path = write_plan(tmp_path, world)
+    text = path.read_text().replace("count = 5", "count = 1").replace("floor = 0.05", "floor = 2.0")
+    path.write_text(text.replace('objective = "ce"', 'objective = "cd"'))
+    with pytest.raises(ConfigError, match="(?s)3 problems.*proxy.count.*weights.floor.*distill.objective"):
+        load_mix_plan(path)
