@@ -110,7 +110,7 @@ def test_every_layout_says_the_same(world: SmallWorld, tested: Path, ranks: int,
 
 
 def test_resumed_between_and_after_the_steps(world: SmallWorld, tested: Path) -> None:
-    """Stopped after a checkpoint and before or after the test of its step: each test is done once, and none left out."""
+    """Stopped after a checkpoint and before or after the test of its step: tests are done once, none is left out."""
     for steps, was_tested in ((2, False), (2, True), (3, False)):
         folder = world.folder / f"online/resumed{steps}{was_tested}"
         last = 2 if was_tested else steps - 1  # tests before it were stopped
