@@ -110,11 +110,7 @@ def _sequence(config: JobConfig) -> Iterator[Issue]:
         if config.attention.context_layout == "head_tail" and pieces > 2 and length % pieces:
             keys = (key, "parallelism.context_parallel_degree", "attention.context_layout")
             yield Issue(keys, str(length), f"a multiple of {pieces}: head_tail gives a context rank two equal pieces")
-
-
-def _context_layout(config: JobConfig) -> Iterator[Issue]:
-    degree = config.parallelism.context_parallel_degree
-    if config.attention.context_layout == "head_tail" and degree == 1:
+    if config.attention.context_layout == "head_tail" and parallelism.context_parallel_degree == 1:
         keys = ("attention.context_layout", "parallelism.context_parallel_degree")
         yield Issue(keys, "head_tail on one context rank", "contiguous, or a context_parallel_degree above 1")
 
@@ -294,7 +290,6 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     _positive,
     _batch,
     _sequence,
-    _context_layout,
     _data_parallelism,
     _schedule,
     _optimizer,
