@@ -111,8 +111,8 @@ def _sequence(config: JobConfig) -> Iterator[Issue]:
             keys = (key, "parallelism.context_parallel_degree", "attention.context_layout")
             yield Issue(keys, str(length), f"a multiple of {pieces}: head_tail gives a context rank two equal pieces")
     if config.attention.context_layout == "head_tail" and parallelism.context_parallel_degree == 1:
-        keys = ("attention.context_layout", "parallelism.context_parallel_degree")
-        yield Issue(keys, "head_tail on one context rank", "contiguous, or a context_parallel_degree above 1")
+        both = ("attention.context_layout", "parallelism.context_parallel_degree")
+        yield Issue(both, "head_tail on one context rank", "contiguous, or a context_parallel_degree above 1")
 
 
 def _data_parallelism(config: JobConfig) -> Iterator[Issue]:

@@ -7,7 +7,7 @@ Reading order, from text to influence: `ngram_table` (compiled counts) -> `ngram
 From influence and calibration runs to weights: `regression_calibration` (the runs) -> `regression` (features, and
 regressors by name, each in a file of its own) -> `regression_score` (how well they rank unseen mixtures) ->
 `weights_utility` (what a mixture is worth) -> `weights` (utility and natural share within limits) or `weights_search`
-(the same for any utility) -> `report_record`, `report_plots`, `report_page`.
+(the same for any utility), with intervals over `weights_draws` -> `report_record`, `report_plots`, `report_page`.
 
 Needs the optional packages of `pip install mobilellm-pro[mix]`. This file imports nothing.
 """

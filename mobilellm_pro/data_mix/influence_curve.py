@@ -56,6 +56,26 @@ def influence_matrix(curves: Mapping[str, InfluenceCurve]) -> np.ndarray:
     return np.stack([curve.mean_between(0, 1) for curve in curves.values()])
 
 
+def utility_curve(curve: InfluenceCurve, values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a source does for all domains together over its tokens: sum_D v_D Delta_sD, and how far samples spread.
+
+    Args:
+        curve: of the source.
+        values: [K], what each domain counts, at least 0.
+
+    Returns:
+        mean and deviation, float64 [P] each, in the unit of the curve. The deviation is at most that: those of the
+        domains are added up as if a sample were far off on all of them at once (covariances are not recorded).
+
+    Raises:
+        ValueError: values that are negative or do not fit the domains.
+    """
+    counts = np.asarray(values, np.float64)
+    if counts.shape != curve.mean.shape[1:] or not (counts >= 0).all():
+        raise ValueError(f"values: expected {curve.mean.shape[1]} numbers of at least 0, found {list(values)}")
+    return curve.mean @ counts, np.sqrt(curve.variance) @ counts
+
+
 def influence_features(curves: Mapping[str, InfluenceCurve]) -> np.ndarray:
     """What a regressor is told about each source: how it helps empty models, full ones, and how that falls.
 

@@ -47,6 +47,10 @@ def html_page(report: MixReport, plots: dict[str, bytes]) -> str:
         "weights": ("Weights", [_weights(report), _image(plots, "weights")]),
         "baselines": ("Beside other mixtures", [_baselines(report)]),
         "influence": ("Influence of sources on domains", [_influence(report), _image(plots, "influence")]),
+        "utility_curves": (
+            "Utility of the sources over the tokens read",
+            [_utility_legend(report), _image(plots, "utility_curves")],
+        ),
         "curves": ("Influence over the tokens read", [_image(plots, "curves")]),
         "predictions": ("Predicted against measured utility", [_predictions(report), _image(plots, "predictions")]),
         "scores": ("Regressors", [_pairs("regressor", "out-of-fold rank correlation", report.scores)]),
@@ -69,8 +73,9 @@ def _weights(report: MixReport) -> str:
     keys += ["epochs", "limit"]
     rows = [[row["name"], *(row[key] for key in keys)] for row in report.weights]
     legend = (
-        "<p>unlimited = natural share x exp(utility / temperature), normalised; weight = the solution between the "
-        "limits, in millionths; low to high: 5 % to 95 % of the draws over seeds and ensemble.</p>"
+        f"<p>Method: {escape(report.method)}. unlimited = natural share x exp(utility / temperature), normalised; "
+        "weight = the solution between the limits, in millionths; low to high: 5 % to 95 % of the draws (see the "
+        "notes), the same as the weight without draws.</p>"
     )
     return legend + _table(["source", *keys], rows)
 
@@ -86,6 +91,15 @@ def _baselines(report: MixReport) -> str:
 def _influence(report: MixReport) -> str:
     rows = [[name, *values] for name, values in zip(report.sources, report.influence)]
     return _table(["source", *report.domains], rows) if rows else ""
+
+
+def _utility_legend(report: MixReport) -> str:
+    if not report.utility_curves:
+        return ""
+    return (
+        "<p>Influence of each source on all domains, each weighted as in the utility; the band is one standard "
+        "deviation of the samples, at most (those of the domains are added).</p>"
+    )
 
 
 def _predictions(report: MixReport) -> str:

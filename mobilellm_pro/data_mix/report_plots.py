@@ -1,4 +1,4 @@
-"""The plots of a data mix as PNG: weights, influence, influence over the tokens, predicted and measured utility."""
+"""The plots of a data mix as PNG: weights, influence, it and its utility over the tokens, predictions."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -16,10 +16,11 @@ _INCHES = (3.6, 2.8)
 
 
 def draw_plots(report: MixReport) -> dict[str, bytes]:
-    """PNG files by name, of what the report holds: weights, influence, curves, predictions."""
+    """PNG files by name, of what the report holds: weights, influence, curves of both kinds, predictions."""
     wanted: dict[str, tuple[Any, Callable[[MixReport], Figure]]] = {
         "weights": (report.weights, _weights),
         "influence": (report.influence, _influence),
+        "utility_curves": (report.utility_curves, _utility_curves),
         "curves": (report.curves, _curves),
         "predictions": (report.predictions, _predictions),
     }
@@ -75,6 +76,24 @@ def _influence(report: MixReport) -> "Figure":
     return figure
 
 
+def _utility_curves(report: MixReport) -> "Figure":
+    """A line for each source, in a band of one deviation of its samples."""
+    figure = _figure(8, 4)
+    axes = figure.subplots()
+    for source, curve in report.utility_curves.items():
+        mean, deviation = np.array(curve["mean"]), np.array(curve["deviation"])
+        (line,) = axes.plot(curve["tokens"], mean, marker=".", label=source)
+        axes.fill_between(
+            curve["tokens"], mean - deviation, mean + deviation, color=line.get_color(), alpha=0.08, linewidth=0
+        )
+    axes.set_xscale("log")
+    largest = max(np.abs(curve["mean"]).max() for curve in report.utility_curves.values())
+    axes.set_yscale("symlog", linthresh=largest / 5 or 1.0)
+    axes.set(xlabel="tokens of the source", ylabel="nats a token per 1,000 tokens, domains weighted")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
 def _curves(report: MixReport) -> "Figure":
     """A plot for each source, a line for each domain."""
     figure = _figure(*_grid_inches(len(report.curves)))
@@ -85,6 +104,7 @@ def _curves(report: MixReport) -> "Figure":
         axes.set_yscale("symlog", linthresh=1e-6)
         axes.set_title(source, fontsize=9)
         axes.set_xlabel("tokens of the source", fontsize=8)
+        axes.set_ylabel("nats a token per 1,000 tokens", fontsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return figure
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mobilellm_pro.data_mix.influence_curve import InfluenceCurve, utility_curve
 from mobilellm_pro.data_mix.regression_score import rank_correlation
 from mobilellm_pro.data_mix.weights import WeightResult
 
@@ -28,12 +29,14 @@ class MixReport:
         predicted_utility: name of a mixture ("ours" and the baselines) -> U as the regressor predicts it.
         domains: [D] names of the columns of `influence`.
         influence: [K][D], nats a token of the domain for each 1,000 tokens of the source.
-        curves: source -> {"tokens": [P], "mean": [P][D]}.
+        curves: source -> {"tokens": [P], "mean": [P][D], "variance": [P][D]}, of the samples since the last point.
+        utility_curves: source -> {"tokens": [P], "mean": [P], "deviation": [P]}, see `influence_curve.utility_curve`.
         predictions: target -> {"runs": [N], "predicted": [N], "measured": [N], "rank_correlation"}, each run predicted
             from all the others, as utility (the negative loss); the correlation is None where one side is constant.
         scores: regressor -> mean out-of-fold rank correlation over the targets.
         settings: of the mix, any JSON values.
         notes: sentences for the reader, on what was measured and its limits.
+        method: of the weights, see `WeightResult`.
     """
 
     title: str
@@ -43,10 +46,12 @@ class MixReport:
     domains: list[str] = field(default_factory=list)
     influence: list[list[float]] = field(default_factory=list)
     curves: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    utility_curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    method: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError: parts that do not fit each other."""
@@ -62,7 +67,12 @@ class MixReport:
             problems.append(
                 f"influence: expected {len(names)} rows of {len(self.domains)}, found rows of {shape or 'none'}"
             )
-        problems += [f"curves.{name}: no source of this name" for name in self.curves if name not in names]
+        problems += [
+            f"{key}.{name}: no source of this name"
+            for key, curves in (("curves", self.curves), ("utility_curves", self.utility_curves))
+            for name in curves
+            if name not in names
+        ]
         if not names:
             problems.append("weights: expected at least one source")
         if problems:
@@ -105,7 +115,8 @@ def make_report(
     *,
     influence: np.ndarray | None = None,
     domains: Sequence[str] = (),
-    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    curves: Mapping[str, InfluenceCurve] | None = None,
+    values: Sequence[float] | np.ndarray | None = None,
     predictions: Mapping[str, dict[str, Any]] | None = None,
     **others: Any,
 ) -> MixReport:
@@ -116,18 +127,29 @@ def make_report(
         result: the weights.
         influence: [K, D].
         domains: [D] names.
-        curves: source -> (tokens [P], mean [P, D]).
+        curves: of the sources, by name.
+        values: [D] what each domain counts in the utility; None: the record is without utility curves.
         predictions: see `prediction_record`.
         others: further fields of `MixReport`.
+
+    Raises:
+        ValueError: parts that do not fit each other.
     """
+    curves = curves or {}
+    together = {} if values is None else {name: utility_curve(curve, values) for name, curve in curves.items()}
     return MixReport(
         title,
         result.explain(),
         {name: np.asarray(shares).tolist() for name, shares in baselines.items()},
         domains=list(domains),
         influence=[] if influence is None else np.asarray(influence).tolist(),
-        curves={name: {"tokens": x.tolist(), "mean": y.tolist()} for name, (x, y) in (curves or {}).items()},
+        curves={name: {key: part.tolist() for key, part in vars(curve).items()} for name, curve in curves.items()},
+        utility_curves={
+            name: {"tokens": curves[name].tokens.tolist(), "mean": mean.tolist(), "deviation": deviation.tolist()}
+            for name, (mean, deviation) in together.items()
+        },
         predictions=dict(predictions or {}),
+        method=result.method,
         **others,
     )
 

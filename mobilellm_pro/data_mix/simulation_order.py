@@ -64,8 +64,9 @@ class SampleSource:
             ValueError: the source has no sample.
         """
         assert self.num_samples == 0
-        while sum(map(len, self._ahead)) < num_tokens and self._read():
-            pass
+        found = sum(map(len, self._ahead))
+        while found < num_tokens and self._read():
+            found += len(self._ahead[-1])
         if not self._ahead:
             raise ValueError(f"source {self.name!r}: it has no samples: give it text, or leave it out")
         return np.concatenate(self._ahead)[:num_tokens]
@@ -165,7 +166,8 @@ def draw_pool(name: str, samples: Iterator[np.ndarray], pool_tokens: int) -> np.
         ValueError: the source ends before.
     """
     parts: list[np.ndarray] = []
-    while (found := sum(map(len, parts))) < pool_tokens:
+    found = 0
+    while found < pool_tokens:
         sample = next(samples, None)
         if sample is None:
             raise ValueError(
@@ -173,6 +175,7 @@ def draw_pool(name: str, samples: Iterator[np.ndarray], pool_tokens: int) -> np.
                 "more text, or lower pool_tokens"
             )
         parts.append(np.asarray(sample))
+        found += len(sample)
     return np.concatenate(parts)[:pool_tokens].astype(np.int32)
 
 

@@ -45,7 +45,7 @@ class WeightResult:
         low_limit, high_limit: of each weight.
         weights: multiples of a millionth that sum to 1.
         low, high: interval of each weight over the draws, equal to the weight without draws.
-        num_draws: of the utility, over seeds and ensemble.
+        num_draws: of the utility; over what is the caller's choice.
         temperature, epoch_cap, floor, train_tokens: as given.
     """
 
@@ -163,7 +163,7 @@ class MixProblem:
             low / UNITS,
             high / UNITS,
             weights,
-            np.minimum(spread[0], weights),  # the interval of a few draws may miss the weight of their mean
+            np.minimum(spread[0], weights),  # all draws may lie on one side of the weight (see `weights_draws`)
             np.maximum(spread[1], weights),
             len(draws),
             self.temperature,
@@ -179,7 +179,7 @@ def static_weights(problem: MixProblem, utility: np.ndarray, draws: np.ndarray |
     Args:
         problem: corpora, limits, temperature.
         utility: [K] of each source, the higher the better, e.g. `source_gains` at the natural share.
-        draws: [R, K] of the same over seeds and ensemble, for the interval; None: without.
+        draws: [R, K] of the same from other fits (`weights_draws`), for the interval; None: without.
 
     Raises:
         ValueError: utilities that are not finite or do not fit the corpora.

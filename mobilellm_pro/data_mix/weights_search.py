@@ -32,7 +32,7 @@ def searched_weights(
     Args:
         problem: corpora, limits, temperature.
         utility: of mixtures [M, K], e.g. `mean_utility` of several regressors.
-        draws: the same over seeds and ensemble; each is searched for the interval.
+        draws: the same from other fits (`weights_draws`); each is searched for the interval.
         num_candidates: random mixtures, beside natural share, uniform and the tilted natural share.
         seed: of the random mixtures.
 

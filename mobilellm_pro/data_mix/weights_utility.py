@@ -1,8 +1,8 @@
 r"""The utility of a mixture, U(w) = -\sum_t v_t loss_t(w), as a regressor predicts it, and its slope for each source.
 
-A `Utility` maps mixtures [M, K] to numbers [M]: the higher the better, in the unit of the losses. Doubt has two
-sources, which the intervals of the weights combine: regressors that were fitted with other seeds or on other runs, and
-each regressor's own standard deviation.
+A `Utility` maps mixtures [M, K] to numbers [M]: the higher the better, in the unit of the losses. The intervals of the
+weights are over regressors that were fitted with other seeds to losses as they could have come out (`weights_draws`). A
+regressor's own standard deviation is not in them: who wants it to count gives `deviations`.
 """
 
 from collections.abc import Callable, Sequence

@@ -29,7 +29,8 @@ def mix(plan: str, *, only: Literal["simulate", "calibrate", "fit", "weights"] |
 
     Args:
         plan: TOML file: corpora, validation domains, the proxies' job, settings of each step.
-        only: this step, on what the earlier ones have left; default: all of them.
+        only: this step, on what the earlier ones have left (`weights` also fits where fit.json does not belong to
+            it: that needs no proxy); default: all of them.
 
     Raises:
         ConfigError: everything that is wrong with the file and the proxies' job.
@@ -37,7 +38,8 @@ def mix(plan: str, *, only: Literal["simulate", "calibrate", "fit", "weights"] |
         CommandFailed: a proxy ended with an error, as one that diverged does.
         FileNotFoundError: no such corpus, or an earlier step has not been done.
         ValueError: too little text for a domain, a domain that is absent from calibration, caps that cannot be met,
-            other settings than those that a step in this folder was begun with.
+            other settings than those that a step in this folder was begun with, a proxy's mixture that has changed
+            since it ran.
     """
     loaded = load_mix_plan(plan)
     if only in (None, "weights"):

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mobilellm_pro.config import JobError, load, resolved_toml, smallest_world_size
 from mobilellm_pro.pipeline.data_mix_folder import CALIBRATION, agree, content, write_json
 from mobilellm_pro.pipeline.data_mix_plan import MixPlan
@@ -36,7 +38,8 @@ def calibrate(plan: MixPlan) -> dict[str, Any]:
     Raises:
         JobError: what keeps a proxy from running on this machine, before any is started.
         CommandFailed: a proxy's process ended with an error, as one that diverged does; names the proxy and its log.
-        ValueError: another calibration was begun in this folder, or a domain without held-out text.
+        ValueError: another calibration was begun in this folder, a proxy's mixture has changed since it ran, or a
+            domain has too little held-out text.
     """
     proxies, identity = plan_proxies(plan), _identity(plan)
     agree(plan.folder, "calibrate", identity, begin=False)
@@ -61,6 +64,7 @@ def _identity(plan: MixPlan) -> dict[str, Any]:
     settings = plan.proxy
     keys = ("concentration", "share_power", "least_weight")
     identity: dict[str, Any] = {"seed": plan.seed} | {f"proxy.{key}": getattr(settings, key) for key in keys}
+    identity["corpora"] = plan.names  # in their order, which the draws depend on
     job = resolved_toml(plan.base)
     kept = [block for block in job.split("\n\n") if not block.startswith(("[job]", "[[data.datasets]]"))]
     for block in kept:
@@ -82,6 +86,23 @@ def _check(plan: MixPlan, proxy: Proxy) -> None:
         found.append("needle.enable = true: proxies are too small for it; set it to false in [proxy.overrides]")
     if found:
         raise JobError(str(plan.job), found)
+    _check_text(plan)
+
+
+def _check_text(plan: MixPlan) -> None:
+    """Raises ValueError for a domain with less held-out text than the others are tested on."""
+    validation, corpora = plan.base.validation, open_corpora(plan, "valid")
+    share = round(validation.steps * validation.local_batch_size * validation.seq_len / len(plan.domains))
+    for domain in plan.domains:
+        corpus = corpora[domain.name]
+        lengths = np.minimum(corpus.lengths(0, corpus.num_documents), validation.seq_len)
+        found = int(lengths[lengths >= 2].sum())  # `held_out` reads no shorter document
+        if found < share:
+            raise ValueError(
+                f"domain {domain.name!r}: {domain.path} has {found} held-out tokens in documents cut at "
+                f"validation.seq_len = {validation.seq_len}, proxies are tested on {share} of each domain: prepare it "
+                "with a larger holdout, or lower validation.steps in [proxy.overrides]"
+            )
 
 
 def _record(plan: MixPlan, proxies: Sequence[Proxy]) -> dict[str, Any]:
@@ -104,12 +125,11 @@ def _record(plan: MixPlan, proxies: Sequence[Proxy]) -> dict[str, Any]:
                 )
         rows.append({"name": proxy.name, "weights": list(proxy.weights), "bits_per_byte": [bits[n] for n in names]})
     training = plan.base.training
-    rows_per_step = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size
     return {
         "corpora": plan.names,
         "domains": names,
         "utility_weights": [domain.weight for domain in plan.domains],
-        "tokens": training.steps * rows_per_step * training.seq_len,
+        "tokens": training.steps * training.global_batch_size * training.seq_len,
         "proxies": rows,
     }
 

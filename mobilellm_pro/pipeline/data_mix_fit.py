@@ -4,7 +4,8 @@ A mixture is described to the regressors by logs and roots of its weights and by
 (`data_mix.regression`); beside that stands the same without influence, which is RegMix's way. All are judged alike:
 every proxy is predicted from all the others.
 
-The interval of a weight is over `fit.draws` fits, each with another seed and on another four fifths of the proxies.
+The interval of a weight is over `fit.draws` fits, each with another seed and to losses as the proxies could have come
+out (`data_mix.weights_draws`).
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,7 @@ from mobilellm_pro.data_mix.influence_curve import InfluenceCurve, influence_fea
 from mobilellm_pro.data_mix.regression import REGRESSORS, mixture_features
 from mobilellm_pro.data_mix.regression_calibration import Calibration, check_calibration
 from mobilellm_pro.data_mix.regression_score import leave_one_out, rank_correlation
-from mobilellm_pro.data_mix.regressor import MIN_RUNS
-from mobilellm_pro.data_mix.report_page import write_report
+from mobilellm_pro.data_mix.report_page import NAME, write_report
 from mobilellm_pro.data_mix.report_record import make_report, prediction_record
 from mobilellm_pro.data_mix.weights import (
     MixProblem,
@@ -29,6 +29,7 @@ from mobilellm_pro.data_mix.weights import (
     datasets_fragment,
     static_weights,
 )
+from mobilellm_pro.data_mix.weights_draws import drawn_losses
 from mobilellm_pro.data_mix.weights_search import searched_weights
 from mobilellm_pro.data_mix.weights_utility import Utility, regressor_utility, source_gains
 from mobilellm_pro.pipeline.data_mix_calibration import read_calibration
@@ -46,13 +47,20 @@ from mobilellm_pro.pipeline.data_mix_simulation import natural_tokens, read_curv
 
 UTILITY = "utility"
 ALONE = "weights alone"
-_KEPT_RUNS = 0.8
+PAGE = f"{NAME}.html"
+_INTERVAL = "residual bootstrap"  # weights with intervals of another kind are made again
 _NOTES = (
     "Utility is minus the weighted mean of the proxies' bits per byte on the held-out text of the domains. The pools "
     "of the simulation are drawn from the same held-out text.",
     "Proxies are small and short: that their order of mixtures holds for a larger model is an assumption.",
-    "An interval is over fits with other seeds on other four fifths of the proxies. It does not hold what proxies "
-    "with other training seeds would add.",
+    "Ours is the maximum of the very utility that judges it here, so its predicted utility is too high: expect a "
+    "smaller gain over the others. Only a run on each mixture says which is better.",
+    "An interval is over fits with other seeds to other losses: what each proxy is predicted from all the others, plus "
+    "the error of such a prediction at a random proxy. It holds the noise of the proxies, their seeds among it, and "
+    "what the regressor misses; not how a larger model differs from the proxies.",
+    "Influence is the change of a mean over the orders of the n-grams: each order has a cross entropy of its own, "
+    "smoothed with a fixed base distribution. The orders are not interpolated with each other; the mean bounds the "
+    "cross entropy of their mixture from above, and was chosen because its change by a sample is exact at little cost.",
 )
 
 
@@ -128,13 +136,15 @@ def find_weights(plan: MixPlan) -> dict[str, Any]:
     problem, data = mix_problem(plan), _read(plan)
     judged = read_if_made_of(plan.folder / FIT, _fit_identity(plan, data)) or fit(plan)
     paths = {corpus.name: corpus.path for corpus in plan.corpora}
-    made_of = digest(judged["made_of"], asdict(plan.weights), plan.fit.draws, list(problem.tokens), paths)
+    made_of = digest(judged["made_of"], asdict(plan.weights), plan.fit.draws, _INTERVAL, list(problem.tokens), paths)
     found = read_if_made_of(plan.folder / WEIGHTS_RECORD, made_of)
-    if found is not None and (plan.folder / WEIGHTS).is_file():
+    if found is not None and all((plan.folder / name).is_file() for name in (WEIGHTS, PAGE)):
         print(f"weights: done, {plan.folder / WEIGHTS}", flush=True)
         return found
-    utility, result = _solve(plan, problem, data, data.influence)
-    _, alone = _solve(plan, problem, data, None)
+    predictions = [judged["predictions"][domain.name]["predicted"] for domain in plan.domains]
+    drawn = drawn_losses(-np.array(predictions).T, data.losses, draws=plan.fit.draws, seed=plan.seed)
+    utility, result = _solve(plan, problem, data, data.influence, list(drawn))
+    _, alone = _solve(plan, problem, data, None, [])  # no interval of it is shown
     baselines = {**baseline_weights(problem.names, problem.tokens), f"regression on {ALONE}": alone.weights}
     _report(plan, data, judged, result, baselines, utility)
     write_text(plan.folder / WEIGHTS, datasets_fragment(result, paths))
@@ -183,21 +193,22 @@ def mix_problem(plan: MixPlan) -> MixProblem:
 
 
 def _solve(
-    plan: MixPlan, problem: MixProblem, data: _Data, influence: np.ndarray | None
+    plan: MixPlan, problem: MixProblem, data: _Data, influence: np.ndarray | None, drawn: list[np.ndarray]
 ) -> tuple[Utility, WeightResult]:
-    """The utility by the plan's regressor, with or without influence, and the weights that follow from it."""
+    """The utility by the plan's regressor, with or without influence, and the weights that follow from it.
+
+    Args:
+        drawn: losses [N, D] each, for the interval.
+    """
     features, maker = mixture_features(data.weights, influence), REGRESSORS[plan.fit.regressor]
 
-    def utility_of(seed: int, chosen: np.ndarray) -> Utility:
-        fitted = maker(seed).fit(features[chosen], data.losses[chosen])
+    def utility_of(seed: int, losses: np.ndarray) -> Utility:
+        fitted = maker(seed).fit(features, losses)
         return regressor_utility(fitted, values=data.values, influence=influence)
 
-    utility = utility_of(plan.seed, np.arange(len(features)))
-    draws = []
-    for draw in tqdm(range(plan.fit.draws), desc="weights", unit="fit", disable=None):
-        order = np.random.default_rng([plan.seed, draw]).permutation(len(features))
-        kept = max(round(_KEPT_RUNS * len(order)), min(len(order), MIN_RUNS))
-        draws.append(utility_of(plan.seed + 1 + draw, np.sort(order[:kept])))
+    utility = utility_of(plan.seed, data.losses)
+    progress = tqdm(drawn, desc="weights", unit="fit", disable=None if drawn else True)
+    draws = [utility_of(plan.seed + 1 + draw, losses) for draw, losses in enumerate(progress)]
     if plan.weights.method == "search":
         return utility, searched_weights(problem, utility, draws, seed=plan.seed)
     at = problem.natural()
@@ -213,20 +224,23 @@ def _report(
     predicted = utility(np.stack(list(mixtures.values())))
     measured = {"natural": "proxy 000", "uniform": "proxy 001"}
     notes = [
-        f"Measured utility of {name} ({run}): {-float(data.losses[data.runs.index(run)] @ data.values):.4f}."
+        f"Measured utility of the {name} share with no corpus below {plan.proxy.least_weight:g} ({run}): "
+        f"{-float(data.losses[data.runs.index(run)] @ data.values):.4f}."
         for name, run in measured.items()
         if run in data.runs
     ]
     columns = [*plan.names, *(domain.name for domain in plan.targets)]
-    curves = {name: (data.curves[name].tokens, data.curves[name].mean) for name in plan.names}
+    values = {domain.name: value for domain, value in zip(plan.domains, data.values, strict=True)}
+    curves = {name: data.curves[name] for name in plan.names}
     settings = {"corpora": plan.names, "domains": [[x.name, x.weight] for x in plan.domains], "proxies": len(data.runs)}
     settings |= {"seed": plan.seed, "job": str(plan.job), "words": list(plan.words)}
     settings |= {section: asdict(getattr(plan, section)) for section in ("simulation", "fit", "weights")}
     report = make_report(
         f"Mix of {', '.join(plan.names)}", result, baselines,
-        influence=influence_matrix({name: data.curves[name] for name in plan.names}),
+        influence=influence_matrix(curves),
         domains=columns,
         curves=curves,
+        values=[values.get(name, 0.0) for name in columns],
         predictions=judged["predictions"],
         predicted_utility=dict(zip(mixtures, predicted.tolist(), strict=True)),
         scores={name: score for name, score in judged["scores"].items() if score is not None},

@@ -3,7 +3,8 @@
 STEP_settings.json what simulate and calibrate were begun with; another start must agree with it
 simulation.npz     state of the simulation; curves.npz: its result
 influence/         with simulation.export: the influence of every sample
-proxies/NN/        mixture.toml, the run, held_out.json, log.txt
+domains.toml       the domains, as a job that proxies are tested with
+proxies/NNN/       mixture.toml, the run, held_out.json, log.txt
 calibration.json   mixtures and bits per byte of all finished proxies
 fit.json           how well regressors predict a mixture that they have not seen
 weights.toml       [[data.datasets]] tables for a job's `data.mix`; weights.json: how they came about
@@ -96,7 +97,12 @@ def datasets_text(tables: Sequence[tuple[str, str, float]]) -> str:
         tables: name, path and weight of each corpus.
     """
     blocks = [
-        f"[[data.datasets]]\nname = {json.dumps(name)}\npath = {json.dumps(path)}\nweight = {weight!r}\n"
+        f"[[data.datasets]]\nname = {_quoted(name)}\npath = {_quoted(path)}\nweight = {weight!r}\n"
         for name, path, weight in tables
     ]
     return "\n".join(blocks)
+
+
+def _quoted(text: str) -> str:
+    """As TOML; it knows no pairs of surrogates, and wants the delete character escaped, which JSON does not."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

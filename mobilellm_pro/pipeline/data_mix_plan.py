@@ -22,6 +22,7 @@ from typing import Any
 
 from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.typed_values import check_table
+from mobilellm_pro.data_mix.ngram_table import MAX_SLOTS
 from mobilellm_pro.data_mix.regression import REGRESSORS
 from mobilellm_pro.data_mix.regressor import MIN_RUNS
 from mobilellm_pro.pipeline.data_mix_tables import (
@@ -35,6 +36,8 @@ from mobilellm_pro.pipeline.data_mix_tables import (
 )
 from mobilellm_pro.pipeline.varied_job import load_varied, override_problems, read_toml, words_of
 
+STACK_RUNS = 6
+"""The fewest of which the largest of four folds leaves `MIN_RUNS`: `stack` weighs its members out of fold."""
 _KEPT = {
     "job.dump_folder": "no such key: every proxy gets a folder of its own (output)",
     "data.mix": "no such key: every proxy gets a mixture of its own",
@@ -114,6 +117,8 @@ _SECTIONS: dict[str, type] = {
 def _problems(file: MixTable, source: str) -> Iterator[Problem]:
     if not file.output:
         yield Problem(source, "output", "nothing", "a folder for everything")
+    if file.seed < 0:
+        yield Problem(source, "seed", str(file.seed), "at least 0")
     if not file.proxy.job:
         yield Problem(
             source, "proxy.job", "nothing", "the TOML file of the proxies' job, relative to this file's folder"
@@ -149,10 +154,12 @@ def _named(tables: Sequence[Any], kind: str, source: str) -> Iterator[Problem]:
 def _range_problems(file: MixTable, source: str) -> Iterator[Problem]:
     proxy, weights, number = file.proxy, file.weights, len(file.corpus)
     finite = float("inf")
+    regressors = [file.fit.regressor, *file.fit.compare]
+    least, why = (STACK_RUNS, ", and `stack` sets some of these aside") if "stack" in regressors else (MIN_RUNS, "")
     ranges: list[tuple[str, Any, bool, str]] = [
-        ("simulation.sample_tokens", file.simulation.sample_tokens, file.simulation.sample_tokens >= 1, "at least 1"),
-        ("proxy.count", proxy.count, proxy.count - len(set(proxy.leave_out)) > MIN_RUNS,
-         f"at least {MIN_RUNS + 1} and those left out: one is predicted from the others"),
+        *_simulation_ranges(file.simulation),
+        ("proxy.count", proxy.count, proxy.count - len(set(proxy.leave_out)) > least,
+         f"at least {least + 1} and those left out: one is predicted from the others{why}"),
         ("proxy.concentration", proxy.concentration, 0 < proxy.concentration < finite, "a number above 0"),
         ("proxy.share_power", proxy.share_power, 0 <= proxy.share_power <= 1, "a number from 0 to 1"),
         ("proxy.least_weight", proxy.least_weight, 0 < proxy.least_weight < 1 / max(number, 1),
@@ -174,8 +181,30 @@ def _range_problems(file: MixTable, source: str) -> Iterator[Problem]:
             yield Problem(source, key, str(value), expected)
 
 
+def _simulation_ranges(table: SimulationTable) -> Iterator[tuple[str, Any, bool, str]]:
+    """Those of `SimulationSettings` and `NgramSettings`, which name one at a time and no file."""
+    for key in ("sample_tokens", "order", "base_tokens", "record_tokens", "save_samples", "threads"):
+        value = getattr(table, key)
+        yield f"simulation.{key}", value, value >= 1, "at least 1"
+    order, most, slots = table.order, table.max_tokens, table.table_slots
+    yield "simulation.pool_tokens", table.pool_tokens, table.pool_tokens >= max(order, 1), f"at least order = {order}"
+    yield "simulation.max_tokens", most, most is None or most >= 1, "at least 1"
+    growth, numbers = table.record_growth, table.concentration
+    yield "simulation.record_growth", growth, 1 <= growth < float("inf"), "a number of at least 1"
+    fits = len(numbers) == order and all(0 < number < float("inf") for number in numbers)
+    yield "simulation.concentration", numbers, fits, f"order = {order} numbers above 0"
+    shares = table.order_weights
+    fits = len(shares) == order and all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-9
+    yield "simulation.order_weights", shares, fits, f"order = {order} numbers of at least 0 that sum to 1"
+    fits = slots is None or (1 < slots <= MAX_SLOTS and slots & (slots - 1) == 0)
+    yield "simulation.table_slots", slots, fits, "a power of two, at most 2^30"
+
+
 def _job_problems(base: JobConfig, job: Path) -> Iterator[Problem]:
     if not base.checkpoint.enable:
         yield Problem(str(job), "checkpoint.enable", "false", "true: the last checkpoint of a proxy is tested")
     if not base.validation.enable:
         yield Problem(str(job), "validation.enable", "false", "true: it says how much text a proxy is tested on")
+    if base.training.global_batch_size < 1:
+        found, expected = str(base.training.global_batch_size), "at least 1: all proxies read as many tokens"
+        yield Problem(str(job), "training.global_batch_size", found, f"{expected}, on any number of processes")

@@ -11,6 +11,7 @@ everything, which saves most of a minute each on a small machine.
 import multiprocessing
 import os
 import threading
+import tomllib
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -113,9 +114,23 @@ def _rounded(weights: np.ndarray) -> list[float]:
 
 
 def write_mixture(plan: MixPlan, proxy: Proxy) -> None:
-    """Writes mixture.toml into the proxy's folder, which is made."""
+    """Writes mixture.toml into the proxy's folder, which is made.
+
+    Raises:
+        ValueError: it has begun on another mixture, so that its result would not be that of these weights.
+    """
+    path = proxy.folder / MIXTURE
     tables = [(corpus.name, corpus.path, weight) for corpus, weight in zip(plan.corpora, proxy.weights, strict=True)]
-    write_text(proxy.folder / MIXTURE, datasets_text(tables))
+    begun = [file for file in (proxy.folder / HELD_OUT, proxy.folder / "run") if file.exists()]
+    if begun and path.is_file():
+        found = {table["name"]: table["weight"] for table in tomllib.loads(path.read_text())["data"]["datasets"]}
+        wanted = {name: weight for name, _, weight in tables}
+        if found != wanted:
+            raise ValueError(
+                f'{path}: proxy "{proxy.name}" ran on {found}, the plan gives {wanted}: another release of numpy may '
+                f"draw other mixtures; choose another output, or remove {proxy.folder} to run it again"
+            )
+    write_text(path, datasets_text(tables))
 
 
 def proxy_words(plan: MixPlan, proxy: Proxy) -> list[str]:

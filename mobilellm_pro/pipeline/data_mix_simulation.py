@@ -2,10 +2,12 @@
 
 A sample is a row of the corpus' training order (`data.packing`): so many tokens, documents one after another, shuffled
 by seed; each corpus is read once. Pools are rows of the held-out split. Memory holds the pools, the tables of their
-n-grams and one sample of each corpus.
+n-grams, the first simulation.base_tokens of each corpus until they have been read, and with `export` what is known of
+simulation.save_samples samples.
 """
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,9 @@ from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.data_mix.influence_curve import InfluenceCurve
 from mobilellm_pro.data_mix.ngram_model import NgramSettings
+from mobilellm_pro.data_mix.ngram_table import NODE
 from mobilellm_pro.data_mix.simulation import SimulationSettings, simulate
+from mobilellm_pro.data_mix.simulation_export import PATTERN
 from mobilellm_pro.data_mix.simulation_order import draw_pool
 from mobilellm_pro.pipeline.data_mix_folder import CURVES, SIMULATION, agree, content
 from mobilellm_pro.pipeline.data_mix_plan import MixPlan
@@ -48,18 +52,15 @@ def run_simulation(plan: MixPlan) -> dict[str, InfluenceCurve]:
 
     Raises:
         FileNotFoundError: no such corpus.
-        ValueError: too little held-out text for a pool, settings outside their range or other than those that the
-            simulation in this folder was begun with.
+        ValueError: too little held-out text for a pool, or settings other than those that the simulation in this
+            folder was begun with; samples are to be exported and the simulation is finished without.
     """
     sources, held_out = open_corpora(plan, "train"), open_corpora(plan, "valid")
-    settings = _settings(plan, sources)
-    identity: dict[str, Any] = {"seed": plan.seed}
-    how = ("threads", "save_samples", "export")
-    identity |= {f"simulation.{key}": value for key, value in asdict(plan.simulation).items() if key not in how}
-    identity |= {f"corpus {name}": content(corpus) for name, corpus in sources.items()}
-    identity |= {f"held-out part of {name}": content(corpus) for name, corpus in held_out.items()}
-    agree(plan.folder, "simulate", identity)
+    settings, identity = _settings(plan, sources), _identity(plan, sources, held_out)
+    agree(plan.folder, "simulate", identity, begin=False)
+    exported = plan.folder / "influence" if plan.simulation.export else None
     if (plan.folder / CURVES).is_file():
+        _check_exported(plan.folder, exported)
         print(f"simulate: done, {plan.folder / CURVES}", flush=True)
         return read_curves(plan.folder)
     size = plan.simulation.sample_tokens
@@ -70,15 +71,21 @@ def run_simulation(plan: MixPlan) -> dict[str, InfluenceCurve]:
     rows = {name: samples(corpus, size, plan.seed) for name, corpus in sources.items()}
     total = sum(corpus.num_tokens // size * size for corpus in sources.values())
     total = min(total, settings.max_tokens or total)
+    print(f"simulate: tables of {_table_words(settings, len(pools))}", flush=True)
     with tqdm(total=total, desc="simulate", unit="token", unit_scale=True, disable=None) as bar:
-        curves = simulate(
-            rows,
-            pools,
-            settings,
-            state_file=plan.folder / SIMULATION,
-            export_folder=plan.folder / "influence" if plan.simulation.export else None,
-            progress=bar.update,
-        )
+        noted = False
+
+        def advance(tokens: int) -> None:
+            nonlocal noted
+            bar.update(tokens)
+            # What fails before a state is saved may be mended in the plan, so the settings bind from the state on.
+            if not noted and (plan.folder / SIMULATION).is_file():
+                agree(plan.folder, "simulate", identity)
+                noted = True
+
+        state_file = plan.folder / SIMULATION
+        curves = simulate(rows, pools, settings, state_file=state_file, export_folder=exported, progress=advance)
+    agree(plan.folder, "simulate", identity)
     write_curves(plan.folder, curves)
     print(f"simulate: {total:,} tokens of {', '.join(sources)} on {', '.join(pools)}", flush=True)
     return curves
@@ -122,9 +129,37 @@ def read_curves(folder: Path) -> dict[str, InfluenceCurve]:
         }
 
 
+def _identity(plan: MixPlan, sources: dict[str, Corpus], held_out: dict[str, Corpus]) -> dict[str, Any]:
+    """What the curves depend on; domains are columns, so their order counts."""
+    how = ("threads", "save_samples", "export", "table_slots")
+    identity: dict[str, Any] = {"seed": plan.seed, "corpora": list(sources), "domains": list(held_out)}
+    identity |= {f"simulation.{key}": value for key, value in asdict(plan.simulation).items() if key not in how}
+    identity |= {f"corpus {name}": content(corpus) for name, corpus in sources.items()}
+    return identity | {f"held-out part of {name}": content(corpus) for name, corpus in held_out.items()}
+
+
+def _check_exported(folder: Path, exported: Path | None) -> None:
+    """Raises ValueError where a finished simulation has not exported what is asked for."""
+    if exported is not None and not any(exported.glob(PATTERN)):
+        raise ValueError(
+            f"{exported}: has no files, and the simulation is finished: simulation.export = true writes while it "
+            f"runs; choose another output, delete {folder / SIMULATION} and {folder / CURVES} to run it again, or set "
+            "it to false"
+        )
+
+
+def _table_words(settings: SimulationSettings, num_domains: int) -> str:
+    """Memory of the n-grams, for the log: what is stated, or the most that the pools can ask for."""
+    ngrams = settings.ngrams
+    # Tables double until they are at most half full, and a pool has at most one n-gram of each order a token.
+    slots = ngrams.table_slots or 2 ** math.ceil(math.log2(2 * ngrams.order * settings.pool_tokens))
+    size = f"{slots * NODE.itemsize * num_domains / 1e6:,.1f} MB"
+    return f"{num_domains} domains: {'' if ngrams.table_slots else 'at most '}{size}"
+
+
 def _settings(plan: MixPlan, sources: dict[str, Corpus]) -> SimulationSettings:
     table = plan.simulation
-    ngrams = NgramSettings(table.order, tuple(table.concentration), tuple(table.order_weights))
+    ngrams = NgramSettings(table.order, tuple(table.concentration), tuple(table.order_weights), table.table_slots)
     return SimulationSettings(
         vocab_size=max(corpus.vocab_size for corpus in sources.values()),
         natural_share={name: float(corpus.num_tokens) for name, corpus in sources.items()},

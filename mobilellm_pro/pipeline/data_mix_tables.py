@@ -53,6 +53,10 @@ class SimulationTable:
     order_weights: list[float] = field(default_factory=lambda: list(NgramSettings().order_weights))
     """Share of each order in the cross entropy."""
 
+    table_slots: int | None = None
+    """Of each domain's table of n-grams, a power of two, 32 bytes each. Default: the least that is at most half full.
+    The curves do not depend on it."""
+
     base: Literal["unigram", "uniform"] = "unigram"
     """What all orders are smoothed with."""
 
@@ -108,14 +112,15 @@ class ProxyTable:
 class FitTable:
     """From mixtures to utility."""
 
-    regressor: str = "stack"
-    """Of `mobilellm_pro.data_mix.regression`; it makes the weights."""
+    regressor: str = "gaussian_process"
+    """Of `mobilellm_pro.data_mix.regression`; it makes the weights. `stack` ranks mixtures little better, in about
+    twelve times as long."""
 
     compare: list[str] = field(default_factory=list)
     """Others that are judged beside it."""
 
-    draws: int = 8
-    """Fits with other seeds, each on other four fifths of the proxies: intervals are over them."""
+    draws: int = 40
+    """Fits with other seeds, to losses as the proxies could have come out: intervals are over them."""
 
 
 @dataclass
@@ -129,8 +134,9 @@ class WeightsTable:
     """`search`: the mixture with the best predicted utility, held near natural share by the temperature. `tilt`: the
     same for a utility that is linear, its slope at natural share: natural share times exp(gain / temperature)."""
 
-    temperature: float = 1.0
-    """Low values follow utility, high ones natural share."""
+    temperature: float = 0.02
+    """Bits per byte: about what a difference of utility must be to outweigh natural share. Low values follow utility,
+    high ones natural share."""
 
     epoch_cap: float = 4.0
     """Passes over a corpus that its weight must not exceed."""

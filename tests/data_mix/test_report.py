@@ -9,13 +9,28 @@ import numpy as np
 import pytest
 
 from mobilellm_pro.data_mix import report_record
+from mobilellm_pro.data_mix.influence_curve import InfluenceCurve, utility_curve
 from mobilellm_pro.data_mix.report_page import DIGITS, write_report
 from mobilellm_pro.data_mix.report_record import MixReport, make_report, prediction_record
 from mobilellm_pro.data_mix.weights import MixProblem, baseline_weights, static_weights
 
 NAMES, TOKENS = ("fineweb_edu", "starcoder", "<wiki> & co"), (900, 90, 10)
 DOMAINS = ("prose", "code")
-SECTIONS = ["weights", "baselines", "influence", "curves", "predictions", "scores", "settings", "notes"]
+SECTIONS = [
+    "weights",
+    "baselines",
+    "influence",
+    "utility_curves",
+    "curves",
+    "predictions",
+    "scores",
+    "settings",
+    "notes",
+]
+
+
+def random_curve(rng: np.random.Generator) -> InfluenceCurve:
+    return InfluenceCurve(np.array([10, 100, 1000]), rng.normal(size=(3, 2)) * 1e-4, rng.random((3, 2)) * 1e-8)
 
 
 def full_report() -> MixReport:
@@ -31,7 +46,8 @@ def full_report() -> MixReport:
         baseline_weights(NAMES, TOKENS),
         influence=rng.normal(size=(3, 2)) * 1e-4,
         domains=DOMAINS,
-        curves={name: (np.array([10, 100, 1000]), rng.normal(size=(3, 2)) * 1e-4) for name in NAMES},
+        curves={name: random_curve(rng) for name in NAMES},
+        values=[0.75, 0.25],
         predictions=prediction_record(DOMAINS, [f"run{n}" for n in range(12)], predicted, losses),
         predicted_utility={"ours": -2.345678, "uniform": -2.5, "natural": -2.4},
         scores={"gaussian_process": 0.9876, "linear": 0.8},
@@ -95,11 +111,11 @@ def test_page_has_every_section_and_needs_no_other_file(written):
 
 def test_images_of_the_page_are_the_plots(written):
     folder, _, page = written
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     prefix = "data:image/png;base64,"
     assert all(image.startswith(prefix) for image in page.images)
     inlined = [base64.b64decode(image.removeprefix(prefix)) for image in page.images]
-    plots = ["weights", "influence", "curves", "predictions"]
+    plots = ["weights", "influence", "utility_curves", "curves", "predictions"]
     assert inlined == [(folder / f"mix_report_{name}.png").read_bytes() for name in plots]
     assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in inlined)
 
@@ -126,10 +142,25 @@ def test_numbers_of_the_page_are_those_of_the_json_file(written):
     assert dict(page.tables["settings"][1:]) == {"temperature": "0.3", "epoch_cap": "4"}
 
 
+def test_utility_curves_weight_the_domains_and_stand_beside_what_they_are_made_of(written):
+    _, content, page = written
+    for name in NAMES:
+        curve, together = content["curves"][name], content["utility_curves"][name]
+        mean, spread = np.array(curve["mean"]), np.sqrt(curve["variance"])
+        assert together["tokens"] == curve["tokens"] == [10, 100, 1000]
+        np.testing.assert_allclose(together["mean"], 0.75 * mean[:, 0] + 0.25 * mean[:, 1])
+        np.testing.assert_allclose(together["deviation"], 0.75 * spread[:, 0] + 0.25 * spread[:, 1])
+    assert "Method: tilt." in page.text and "at most (those of the domains are added)" in page.text
+    curve = random_curve(np.random.default_rng(0))
+    for values in ([1.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="expected 2 numbers of at least 0"):
+            utility_curve(curve, values)
+
+
 def test_report_is_read_back_and_written_again_alike(written, tmp_path: Path):
     folder, _, _ = written
     files = write_report(MixReport.from_json((folder / "mix_report.json").read_text()), tmp_path)
-    assert [path.name for path in files][-1] == "mix_report.html" and len(files) == 6
+    assert [path.name for path in files][-1] == "mix_report.html" and len(files) == 7
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}, "no temporary file remains"
     for path in files:
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
@@ -141,7 +172,7 @@ def test_without_simulation_and_calibration_the_page_says_so(tmp_path: Path):
     files = write_report(report, tmp_path)
     page = Page((tmp_path / "mix_report.html").read_text())
     assert [path.name for path in files] == ["mix_report.json", "mix_report_weights.png", "mix_report.html"]
-    assert list(page.tables) == SECTIONS and page.text.count("not part of this run") == 6
+    assert list(page.tables) == SECTIONS and page.text.count("not part of this run") == 7
 
 
 def test_numbers_that_json_does_not_have_leave_no_file(tmp_path: Path):
@@ -168,6 +199,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monke
         ({"baselines": {"uniform": [0.5, 0.5]}}, "baselines.uniform: 2 weights for 3 sources"),
         ({"influence": [[1.0, 2.0]] * 2}, "influence: expected 3 rows of 2"),
         ({"curves": {"other": {"tokens": [], "mean": []}}}, "curves.other: no source"),
+        ({"utility_curves": {"other": {"tokens": []}}}, "utility_curves.other: no source"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message: str):

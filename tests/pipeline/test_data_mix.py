@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data_mix.influence_curve import influence_matrix
 from mobilellm_pro.data_mix.report_record import MixReport
 from mobilellm_pro.evaluation.held_out import held_out
-from mobilellm_pro.pipeline import data_mix_calibration
+from mobilellm_pro.pipeline import data_mix_calibration, data_mix_proxies
 from mobilellm_pro.pipeline.data_mix import mix
+from mobilellm_pro.pipeline.data_mix_folder import datasets_text
 from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 from mobilellm_pro.pipeline.data_mix_proxies import draw_mixtures, plan_proxies
 from mobilellm_pro.pipeline.data_mix_simulation import read_curves, samples
@@ -90,7 +93,7 @@ def test_from_corpora_to_weights(mixed: tuple[Path, dict[str, int]], world: Smal
     assert np.allclose(report.influence, influence_matrix(read_curves(folder)))
     assert len(report.predictions["utility"]["runs"]) == PROXIES
     page = (folder / "mix_report.html").read_text()
-    assert "data:image/png" in page and "Measured utility of natural" in page
+    assert "data:image/png" in page and "Measured utility of the natural share" in page
 
 
 @pytest.mark.slow
@@ -147,12 +150,43 @@ def copy_of(mixed: tuple[Path, dict[str, int]], folder: Path, *changes: str) -> 
         ("concentration = 3.0 -> concentration = 2.0", "proxy.concentration: 3.0 there, 2.0 now"),
         ("seed = 3 -> seed = 4", "simulate was begun with other settings:\n  seed: 3 there, 4 now"),
         ("sample_tokens = 32 -> sample_tokens = 16", "simulation.sample_tokens: 32 there, 16 now"),
+        ("save_samples = 50 -> export = true", "influence: has no files, and the simulation is finished: .*curves.npz"),
         ("train_tokens = 5000 -> train_tokens = 5000000", r"(?s)epoch_cap = 4 is infeasible.*a at most.*b at most"),
     ],
 )
 def test_what_changed_is_named(mixed: tuple[Path, dict[str, int]], tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mix(str(copy_of(mixed, tmp_path, change)))
+
+
+@pytest.mark.slow
+def test_the_order_of_the_corpora_belongs_to_the_proxies(mixed: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
+    plan = copy_of(mixed, tmp_path)
+    before = files_of(tmp_path / "mix")
+    head, first, second, rest = re.split(r"(?=\[\[corpus\]\])|(?=\[\[domain\]\])", plan.read_text(), maxsplit=3)
+    plan.write_text(head + second + first + rest)
+    for step in ("simulate", "calibrate"):
+        with pytest.raises(
+            ValueError, match=rf"{step} was begun with.*\n  corpora: \['a', 'b'\] there, \['b', 'a'\] now"
+        ):
+            mix(str(plan), only=step)
+    assert files_of(tmp_path / "mix") == before
+
+
+@pytest.mark.slow
+def test_a_finished_proxy_keeps_its_mixture(
+    mixed: tuple[Path, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = copy_of(mixed, tmp_path)
+    before = (tmp_path / "mix/proxies/003/mixture.toml").read_text()
+
+    def other_draws(*arguments: Any) -> np.ndarray:
+        return draw_mixtures(*arguments[:-1], arguments[-1] + 1)
+
+    monkeypatch.setattr(data_mix_proxies, "draw_mixtures", other_draws)
+    with pytest.raises(ValueError, match='002/mixture.toml: proxy "002" ran on .*the plan gives .*release of numpy'):
+        mix(str(plan), only="calibrate")
+    assert (tmp_path / "mix/proxies/003/mixture.toml").read_text() == before
 
 
 @pytest.mark.slow
@@ -195,6 +229,51 @@ def test_a_step_asks_for_those_before_it(world: SmallWorld, folder: Path, tmp_pa
     plan.write_text(text)
     with pytest.raises(ValueError, match="domain 'a': its text has .* tokens, its pool needs pool_tokens = 300000"):
         mix(str(plan), only="simulate")
+
+
+def test_a_plan_may_be_corrected_until_a_state_is_saved(
+    world: SmallWorld, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = write_plan(folder, world, output=tmp_path / "mix", name="corrected.toml")
+    good = plan.read_text()
+    for wrong, message in (
+        ("pool_tokens = 300000", "its pool needs pool_tokens = 300000"),
+        ("pool_tokens = 300\nmax_tokens = 40", "max_tokens = 40 would end before"),
+        ("pool_tokens = 300\ntable_slots = 16", "do not fit into table_slots = 16"),
+    ):
+        plan.write_text(good.replace("pool_tokens = 300", wrong))
+        with pytest.raises(ValueError, match=message):
+            mix(str(plan), only="simulate")
+        assert not list((tmp_path / "mix").glob("*")), "nothing has begun"
+    plan.write_text(good.replace("pool_tokens = 300", "pool_tokens = 300\ntable_slots = 4096\nmax_tokens = 6000"))
+    mix(str(plan), only="simulate")
+    assert f"tables of 3 domains: {3 * 4096 * 32 / 1e6:.1f} MB" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "mix/simulate_settings.json").read_text())
+    assert settings["simulation.pool_tokens"] == 300 and settings["domains"] == ["a", "b", "exam"]
+    # Where it was interrupted after a state, the settings bind.
+    (tmp_path / "mix/curves.npz").unlink()
+    plan.write_text(good)
+    with pytest.raises(ValueError, match="simulation.max_tokens: 6000 there, None now"):
+        mix(str(plan), only="simulate")
+
+
+def test_a_domain_with_less_text_than_the_others_is_named(world: SmallWorld, folder: Path, tmp_path: Path) -> None:
+    make_corpora(tmp_path, ("exam",), documents=100)
+    plan = write_plan(folder, world, output=tmp_path / "mix", name="short.toml")
+    text = plan.read_text().replace(f"{folder}/tokens/exam", f"{tmp_path}/tokens/exam")
+    plan.write_text(text.replace("validation.steps = 2", "validation.steps = 8"))
+    corpus = Corpus.open(tmp_path / "tokens/exam", "valid")
+    found = int(np.minimum(corpus.lengths(0, corpus.num_documents), 64).sum())
+    message = rf"domain 'exam': .* has {found} held-out tokens .* = 64, proxies are tested on {8 * 4 * 64 // 2} of each"
+    with pytest.raises(ValueError, match=message):
+        mix(str(plan), only="calibrate")
+    assert not list((tmp_path / "mix").glob("*settings.json")), "nothing has begun: the plan may still be corrected"
+
+
+def test_words_that_json_and_toml_write_differently() -> None:
+    name = 'a "b" \\ \x7f \U0001f600 \n'
+    tables = tomllib.loads(datasets_text([(name, "/tmp/ä", 0.5)]))["data"]["datasets"]
+    assert tables == [{"name": name, "path": "/tmp/ä", "weight": 0.5}]
 
 
 def test_a_proxy_that_fails_is_named(

@@ -1,10 +1,16 @@
 """The plan of a mix is read strictly: every mistake in it and in its proxies' job is named, at once."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mobilellm_pro.config import ConfigError
+from mobilellm_pro.data_mix.regression import REGRESSORS, mixture_features
+from mobilellm_pro.data_mix.regression_score import leave_one_out
+from mobilellm_pro.data_mix.regression_stack import Stack
 from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 from tests.training.small_world import SmallWorld
 
@@ -87,6 +93,14 @@ CASES = [
     ("weight = 3.0", "weight = -1.0", ["domain[1].weight: found -1.0"]),
     ("pool_tokens", "pool_token", ["simulation.pool_token: found an unknown key", "did you mean pool_tokens?"]),
     ("sample_tokens = 32", "sample_tokens = 0", ["simulation.sample_tokens: found 0; expected at least 1"]),
+    ("seed = 3", "seed = -1", ["seed: found -1; expected at least 0"]),
+    ("pool_tokens = 300", "pool_tokens = 2", ["simulation.pool_tokens: found 2; expected at least order = 3"]),
+    ("record_tokens = 2000", "record_growth = 0.9", ["simulation.record_growth: found 0.9; expected a number of at"]),
+    ("base_tokens = 1000", "order = 2", ["simulation.concentration: found [", "expected order = 2 numbers above 0"]),
+    ("base_tokens = 1000", "order_weights = [0.2, 0.2, 0.2]", ["simulation.order_weights: found [0.2", "sum to 1"]),
+    ("base_tokens = 1000", "max_tokens = 0", ["simulation.max_tokens: found 0; expected at least 1"]),
+    ("base_tokens = 1000", "table_slots = 1000", ["simulation.table_slots: found 1000; expected a power of two"]),
+    ("save_samples = 50", "threads = 0", ["simulation.threads: found 0; expected at least 1"]),
     ('job = "job.toml"', "", ["proxy.job: found nothing"]),
     ('job = "job.toml"', 'job = "nowhere.toml"', ["nowhere.toml: found no such file"]),
     ("count = 5", "count = 4", ["proxy.count: found 4; expected at least 5"]),
@@ -99,6 +113,9 @@ CASES = [
     ("training.steps = 3", 'job.dump_folder = "x"', ["every proxy gets a folder of its own"]),
     ("checkpoint.enable = true", "", ["checkpoint.enable: found false; expected true"]),
     ("validation.enable = true", "validation.enable = false", ["validation.enable: found false"]),
+    ('regressor = "linear"', 'regressor = "stack"', ["proxy.count: found 5; expected at least 7", "`stack`"]),
+    ('compare = ["', 'compare = ["stack", "', ["proxy.count: found 5; expected at least 7", "`stack`"]),
+    ("training.steps = 3", "training.global_batch_size = -1", ["training.global_batch_size: found -1", "as many"]),
     ('regressor = "linear"', 'regressor = "liner"', ["fit.regressor: found liner; expected one of gaussian_process"]),
     ("train_tokens = 5000", "", ["weights.train_tokens: found 0; expected tokens of the run"]),
     ("temperature = 0.1", "temperature = 0.0", ["weights.temperature: found 0.0"]),
@@ -116,6 +133,22 @@ def test_a_mistake_is_named(world: SmallWorld, tmp_path: Path, old: str, new: st
         load_mix_plan(path)
     for message in messages:
         assert message in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("value", [6, 7])
+def test_stack_has_enough_runs_where_the_plan_says_so(world: SmallWorld, tmp_path: Path, value: int) -> None:
+    path = write_plan(tmp_path, world)
+    path.write_text(path.read_text().replace("count = 5", f"count = {value}").replace('"linear"', '"stack"'))
+    mixtures = np.random.default_rng(1).dirichlet(np.ones(2), value)
+    if value == 7:
+        load_mix_plan(path)
+    else:
+        with pytest.raises(ConfigError, match="proxy.count"):
+            load_mix_plan(path)
+    stack = Stack({"linear": REGRESSORS["linear"]})
+    with nullcontext() if value == 7 else pytest.raises(ValueError, match="at least 4"):
+        predicted = leave_one_out(lambda seed: replace(stack, seed=seed), mixture_features(mixtures), mixtures[:, :1])
+        assert np.isfinite(predicted).all()
 
 
 def test_all_mistakes_are_named_at_once(world: SmallWorld, tmp_path: Path) -> None:
