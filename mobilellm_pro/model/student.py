@@ -91,14 +91,6 @@ def with_attention(args: StudentArgs, config: JobConfig) -> StudentArgs:
 
 FLAVORS: Mapping[str, StudentArgs] = {
     "1b": StudentArgs(),
-    "proxy": StudentArgs(  # for `mix`: the vocabulary of the 1b, 60M parameters
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        global_layers=(0, 4, 7),
-    ),
     "debug": StudentArgs(
         vocab_size=4096,
         hidden_size=96,
@@ -109,6 +101,14 @@ FLAVORS: Mapping[str, StudentArgs] = {
         head_dim=24,
         sliding_window=64,
         global_layers=(0, 3),
+    ),
+    "proxy": StudentArgs(  # for `mix`: the vocabulary of the 1b, 60M parameters
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        global_layers=(0, 4, 7),
     ),
 }
 
