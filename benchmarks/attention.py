@@ -21,160 +21,43 @@ takes longer than the budget is run once.
 
 import argparse
 import os
-import statistics
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from machine import describe
+from attention_ranks import ranks
+from attention_timing import (
+    ARGS,
+    DOCUMENTS,
+    DTYPE,
+    KEY_BYTES,
+    LAYERS,
+    SPANS,
+    Cost,
+    Spent,
+    both_ways,
+    document_ids,
+    draw,
+    full_causal,
+    in_turns,
+    masked_whole,
+    median,
+    ours,
+    table,
+    timed,
+)
+from machine import DEVICE, GPU, MIB, ROOT, describe, most_resident, section_parser, write_sections
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-import mobilellm_pro.config  # noqa: F401  (before torchtitan)
-from mobilellm_pro.model import key_exchange
-from mobilellm_pro.model.attention import Attend
 from mobilellm_pro.model.attention_mask import AttentionMask, PackedRows, block_mask, dense_mask
-from mobilellm_pro.model.key_exchange import exchange_keys
 from mobilellm_pro.model.row_shard import RowShard, Span
-from mobilellm_pro.model.student import FLAVORS
 from mobilellm_pro.training.run_folder import read_metrics
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.pipeline.measured_step import allocated  # noqa: E402
-from tests.ranks import run_ranks  # noqa: E402
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-DTYPE = torch.bfloat16 if GPU else torch.float32
-ARGS = FLAVORS["1b"]
-SPANS = ARGS.spans()
-LAYERS = {kind: sum(ARGS.kind(i) == kind for i in range(ARGS.num_hidden_layers)) for kind in SPANS}
-KEY_BYTES = 2 * ARGS.num_key_value_heads * ARGS.head_dim * DTYPE.itemsize
-"""Key and value of a token."""
-
-DOCUMENTS = {"plain causal": None, "documents of 1,000": 1000}
-"""Tokens of a document; None: the row is one."""
-
-MIB = 2**20
-
-Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-Run = Callable[[], None]
-
-
-class Spent(NamedTuple):
-    """By one forward and backward pass."""
-
-    seconds: float
-    core_seconds: float
-    """Of all this process' cores, which others disturb less; on a GPU the same as seconds."""
-
-
-class Cost(NamedTuple):
-    """Of a forward and a backward pass."""
-
-    seconds: float
-    """Median of the runs."""
-
-    core_seconds: float
-    peak_bytes: int
-
-
-def document_ids(num_tokens: int, length: int | None, device: torch.device = DEVICE) -> Tensor:
-    """[1, N] of one row."""
-    index = torch.arange(num_tokens, device=device)
-    return (torch.zeros_like(index) if length is None else index // length).unsqueeze(0)
-
-
-def draw(num_queries: int, num_keys: int, device: torch.device = DEVICE) -> list[Tensor]:
-    """Query, key, value and the gradient of the result."""
-    heads = (ARGS.num_attention_heads, ARGS.num_key_value_heads, ARGS.num_key_value_heads, ARGS.num_attention_heads)
-    lengths = (num_queries, num_keys, num_keys, num_queries)
-    shapes = [(1, count, length, ARGS.head_dim) for count, length in zip(heads, lengths, strict=True)]
-    tensors = [torch.randn(shape, device=device, dtype=DTYPE) for shape in shapes]
-    return [tensor.requires_grad_() for tensor in tensors[:3]] + tensors[3:]
-
-
-def both_ways(attend: Layer, query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> None:
-    """Forward and backward."""
-    torch.autograd.grad(attend(query, key, value), (query, key, value), upstream)
-
-
-def ours(mask: AttentionMask, group: Any = None) -> Layer:
-    """The module of both models."""
-    attend = Attend()
-    attend.context_group = group
-    return partial(attend, mask=mask)
-
-
-def full_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """All tokens before, and no mask."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def masked_whole(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """Every query meets every key. With grouped heads no CUDA kernel takes a mask: they are repeated."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-
-
-def timed(run: Callable[[], object]) -> Spent:
-    """One run."""
-    synchronize()
-    begin, core = time.perf_counter(), time.process_time()
-    run()
-    synchronize()
-    seconds = time.perf_counter() - begin
-    return Spent(seconds, seconds if GPU else time.process_time() - core)
-
-
-def median(spent: Sequence[Spent]) -> Spent:
-    """Of each kind of time."""
-    return Spent(*(statistics.median(kind) for kind in zip(*spent, strict=True)))
-
-
-def synchronize() -> None:
-    """Waits for the device."""
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def in_turns(runs: Mapping[str, Run], arguments: argparse.Namespace) -> dict[str, Cost]:
-    """Each once under the profiler, for its memory; then, in turns, as often as the budget of seconds allows.
-
-    What takes longer than the budget has the time of its first run.
-    """
-    peaks: dict[str, int] = {}
-    times: dict[str, list[Spent]] = {}
-    for name, run in runs.items():
-        if GPU:
-            run()  # compiles
-        times[name] = [timed(lambda name=name, run=run: peaks.update({name: allocated(run)[0]}))]
-    most = {name: min(arguments.repeats, int(arguments.budget / first.seconds)) for name, (first,) in times.items()}
-    for number in range(arguments.repeats):
-        for name, run in runs.items():
-            if number < most[name]:
-                times[name].append(timed(run))
-    return {name: Cost(*median(spent[1:] or spent), peaks[name]) for name, spent in times.items()}
-
-
-def table(header: str) -> list[str]:
-    """First lines of a table; names between bars."""
-    return [f"| {header} |", "|---" * (header.count("|") + 1) + "|"]
-
-
-# layer
+from tests.pipeline.measured_step import allocated
 
 
 def layer(arguments: argparse.Namespace) -> list[str]:
@@ -236,9 +119,6 @@ def held_bytes(mask: AttentionMask) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-# growth
-
-
 def growth(arguments: argparse.Namespace) -> list[str]:
     """Doubling from the smallest of the lengths to the largest."""
     sizes = [min(arguments.sizes)]
@@ -260,194 +140,6 @@ def growth(arguments: argparse.Namespace) -> list[str]:
         if len(times) > 1:
             exponents.append(f"{documents} {np.polyfit(np.log(sizes), np.log(times), 1)[0]:.2f}")
     return [*lines, "", f"Core time grows with the length to the power of: {', '.join(exponents)}."]
-
-
-# ranks
-
-
-class Case(NamedTuple):
-    """A layer on all ranks of a group."""
-
-    size: int
-    """Tokens of the whole row."""
-
-    kind: str
-    form: str
-    """"contiguous", "head_tail" or "all-gather"."""
-
-    documents: str = "documents of 1,000"
-    repeats: int = 0
-    """0: bytes alone."""
-
-
-class OnRank(NamedTuple):
-    """A rank's part of a case."""
-
-    messages: list[tuple[int, int]]
-    """Bytes (received, sent): keys and values out, then gradients back."""
-
-    cost: Cost | None = None
-    """None: only keys and gradients travelled."""
-
-
-def on_ranks(cases: list[Case]) -> list[OnRank]:
-    """Every case on this rank of a new group."""
-    dist.init_process_group("gloo")
-    plain = key_exchange._all_to_all
-
-    def counted(sent: Tensor, *others: Any) -> Tensor:
-        received = plain(sent, *others)
-        MESSAGES.append((received.nbytes, sent.nbytes))
-        return received
-
-    key_exchange._all_to_all = counted
-    return [_on_rank(case) for case in cases]
-
-
-MESSAGES: list[tuple[int, int]] = []
-"""Of this rank."""
-
-
-def _on_rank(case: Case) -> OnRank:
-    cpu = torch.device("cpu")
-    shard = RowShard(case.size, dist.get_world_size(), dist.get_rank(), case.form == "head_tail")
-    ids = document_ids(case.size, DOCUMENTS[case.documents], cpu)
-    span = {case.kind: SPANS[case.kind]}
-    mask = PackedRows(ids, "continue", shard).masks(span)[case.kind]
-    attend, bring = ours(mask, dist.group.WORLD), partial(exchange_keys, exchange=mask.exchange, group=dist.group.WORLD)
-    if case.form == "all-gather":
-        whole = PackedRows(ids).masks(span)[case.kind]
-        mask = AttentionMask(shard.take(whole.first), shard.take(whole.end), case.size)
-        attend, bring = partial(gathered, attend=ours(mask)), gather_keys
-    inputs = draw(case.size // shard.degree, case.size // shard.degree, cpu)
-    MESSAGES.clear()
-    if not case.repeats:
-        brought = bring(*inputs[1:3])
-        torch.autograd.grad(brought, inputs[1:3], list(brought))
-        return OnRank(list(MESSAGES))
-    run = partial(both_ways, attend, *inputs)
-    dist.barrier()
-    peak = allocated(run)[0]
-    messages, spent = list(MESSAGES), []
-    for _ in range(case.repeats):
-        dist.barrier()
-        spent.append(timed(run))
-    return OnRank(messages, Cost(*median(spent), peak))
-
-
-def gathered(query: Tensor, key: Tensor, value: Tensor, attend: Layer) -> Tensor:
-    """The form to compare with: all keys and values of the row on every rank, whatever the kind of layer."""
-    return attend(query, *gather_keys(key, value))
-
-
-def gather_keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, G, S, W] of this rank -> [B, G, K, W] of all."""
-    whole_key, whole_value = _Gather.apply(torch.stack((key, value))).unbind(0)
-    return whole_key, whole_value
-
-
-class _Gather(torch.autograd.Function):
-    """[2, B, G, S, W] of this rank -> [2, B, G, K, W] of all; gradients of all are summed where the keys came from."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        by_token = own.movedim(-2, 0).contiguous()
-        whole = by_token.new_empty(dist.get_world_size() * by_token.shape[0], *by_token.shape[1:])
-        _gather_single(whole, by_token)
-        MESSAGES.append((whole.nbytes - by_token.nbytes,) * 2)
-        return whole.movedim(0, -2).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        by_token = grad.movedim(-2, 0).contiguous()
-        own = by_token.new_empty(by_token.shape[0] // dist.get_world_size(), *by_token.shape[1:])
-        _scatter_single(own, by_token)
-        MESSAGES.append((by_token.nbytes - own.nbytes,) * 2)
-        return own.movedim(0, -2)
-
-
-# The newer names; torch 2.11 has the older ones only.
-_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-def ranks(arguments: argparse.Namespace) -> list[str]:
-    """Bytes on 2 and 4 ranks, time and memory on 2."""
-    forms = ("contiguous", "head_tail", "all-gather")
-    counted = [Case(size, kind, form) for size in arguments.sizes for kind in LAYERS for form in forms]
-    lines = [
-        "Bytes of one layer and step, KiB: most of any rank, and in parentheses the mean over ranks.",
-        "",
-    ]
-    lines += table("ranks | tokens | layer | form | out: received | out: sent | back: received | back: sent | at most")
-    totals = table("ranks | tokens | ours, contiguous MiB | ours, head_tail MiB | all-gather MiB")
-    for degree in (4, 2):
-        measured = dict(zip(counted, zip(*run_ranks(on_ranks, degree, counted), strict=True), strict=True))
-        lines += [_bytes_line(case, found) for case, found in measured.items()]
-        for size in arguments.sizes:
-            sums = [_step_bytes({k: measured[Case(size, k, form)] for k in LAYERS}) / MIB for form in forms]
-            totals.append(f"| {degree} | {size:,} | " + " | ".join(f"{x:,.1f}" for x in sums) + " |")
-    lines += ["", "Received by the rank that receives most, out and back, thirty layers of a step:", "", *totals, ""]
-    return lines + _times_on_ranks(arguments, measured)
-
-
-def _bytes_line(case: Case, found: tuple[OnRank, ...]) -> str:
-    """Out and back are two messages, each received and sent; a formula beside the most."""
-    degree = len(found)
-    cells = []
-    for direction in range(2):
-        for way in range(2):
-            amounts = [rank.messages[direction][way] / 1024 for rank in found]
-            cells.append(f"{max(amounts):,.0f} ({sum(amounts) / degree:,.0f})")
-    borders = 2 if case.form == "head_tail" else 1
-    others = case.size * (degree - 1) // degree
-    if case.kind == "local" and case.form != "all-gather":
-        window = ARGS.sliding_window
-        formula = f"{borders} × {window - 1} × {KEY_BYTES} B = {borders * (window - 1) * KEY_BYTES / 1024:,.0f}"
-    else:
-        formula = f"{others:,} × {KEY_BYTES} B = {others * KEY_BYTES / 1024:,.0f}"
-    return f"| {degree} | {case.size:,} | {case.kind} | {case.form} | " + " | ".join([*cells, formula]) + " |"
-
-
-def _step_bytes(found: Mapping[str, tuple[OnRank, ...]]) -> int:
-    """Kind -> ranks: bytes that the layers of a step bring to the rank with most."""
-    degree = len(found["local"])
-    return max(
-        sum(LAYERS[kind] * received for kind in LAYERS for received, _ in found[kind][rank].messages)
-        for rank in range(degree)
-    )
-
-
-def _times_on_ranks(arguments: argparse.Namespace, counted: Mapping[Case, tuple[OnRank, ...]]) -> list[str]:
-    """Ours and the all-gather on 2 ranks."""
-    cases = [
-        Case(size, kind, form, documents, arguments.repeats if size < LONG else 1)
-        for size in arguments.sizes
-        for documents in DOCUMENTS
-        for kind in LAYERS
-        for form in ("contiguous", "all-gather")
-        if size <= LONG or kind == "local" or documents != "plain causal"
-    ]
-    measured = dict(zip(cases, zip(*run_ranks(on_ranks, 2, cases, timeout_seconds=900), strict=True), strict=True))
-    lines = ["Two ranks of one thread, the same tiles in both forms; the slower rank's time, the larger peak:", ""]
-    times = "ours ms | all-gather ms | ours core ms | all-gather core ms"
-    lines += table(f"mask | tokens | layer | {times} | ours MiB | all-gather MiB")
-    for case, found in measured.items():
-        alone = counted[Case(case.size, case.kind, case.form)]
-        assert [rank.messages for rank in found] == [rank.messages for rank in alone], "a layer sends something else"
-        if case.form != "all-gather":
-            sides = [[rank.cost for rank in side] for side in (found, measured[case._replace(form="all-gather")])]
-            wall, core, peak = zip(*([max(kind) for kind in zip(*side, strict=True)] for side in sides), strict=True)
-            cells = [f"{x * 1e3:,.1f}" for x in (*wall, *core)] + [f"{x / MIB:,.0f}" for x in peak]
-            lines.append(f"| {case.documents} | {case.size:,} | {case.kind} | " + " | ".join(cells) + " |")
-    return lines
-
-
-LONG = 8192
-"""Tokens of a row on two ranks that is run once; in longer ones a global layer without documents takes minutes."""
-
-
-# balance
 
 
 def balance(arguments: argparse.Namespace) -> list[str]:
@@ -480,9 +172,6 @@ def balance(arguments: argparse.Namespace) -> list[str]:
 def _causal_part(shard: RowShard) -> AttentionMask:
     rows = PackedRows(document_ids(shard.num_tokens, None), "continue", shard)
     return rows.masks({"global": Span()}, "causal")["global"]
-
-
-# mask
 
 
 def mask(arguments: argparse.Namespace) -> list[str]:
@@ -532,9 +221,6 @@ def _torch_blocks(ids: Tensor, span: Span) -> BlockMask:
     return create_block_mask(rule, 1, None, ids.shape[1], ids.shape[1], device=ids.device.type)
 
 
-# step
-
-
 def step(arguments: argparse.Namespace) -> list[str]:
     """Proportional set size: a page that processes share is divided among them."""
     config, checkpoint = "train_configs/debug/2_context.toml", ROOT / "outputs/debug/1_language/checkpoint"
@@ -566,36 +252,6 @@ def step(arguments: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def most_resident(job: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Waits for a job: (most bytes of all its processes together, how many they were then)."""
-    most = (0, 0)
-    while job.poll() is None:
-        sizes = [size for pid in descendants(job.pid) if (size := proportional_bytes(pid))]
-        most = max(most, (sum(sizes), len(sizes)))
-        time.sleep(0.05)
-    return most
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all that it started."""
-    found = [pid]
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += [child for word in children.read_text().split() for child in descendants(int(word))]
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-def proportional_bytes(pid: int) -> int:
-    """0 for a process that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
 SECTIONS = {"layer": layer, "growth": growth, "ranks": ranks, "balance": balance, "mask": mask, "step": step}
 ON_A_CPU = ("ranks", "step")
 """Gloo and resident memory."""
@@ -603,10 +259,8 @@ ON_A_CPU = ("ranks", "step")
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = [name for name in SECTIONS if not (GPU and name in ON_A_CPU)]
+    parser = section_parser(__doc__, [name for name in SECTIONS if not (GPU and name in ON_A_CPU)])
     sizes = [2048, 8192, 32_768] + ([131_072] if GPU else [])
-    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--sizes", nargs="+", type=int, default=sizes, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=8.0, help="seconds for the repeats of one layer")
@@ -615,19 +269,11 @@ def main() -> None:
     )
     parser.add_argument("--create-up-to", type=int, default=16_384, help="tokens for torch's create_block_mask")
     parser.add_argument("--balance-tokens", type=int, default=131_072 if GPU else 8192)
-    parser.add_argument("--write", type=Path, help="Markdown file")
     arguments = parser.parse_args()
     # Beyond the limit FlexAttention would quietly run uncompiled, with all of queries × keys in memory.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    lines = ["# Attention", "", *describe(["torch", "torchtitan"], torch.get_num_threads())]
-    for name in arguments.only:
-        begin = time.perf_counter()
-        section = ["", f"## {name}", "", *SECTIONS[name](arguments)]
-        section += ["", f"({time.perf_counter() - begin:.0f} s, load average after it {os.getloadavg()[0]:.1f})"]
-        print("\n".join(section), flush=True)
-        lines += section
-        if arguments.write:
-            arguments.write.write_text("\n".join(lines) + "\n")
+    head = ["# Attention", "", *describe(["torch", "torchtitan"], torch.get_num_threads())]
+    write_sections(head, {name: partial(SECTIONS[name], arguments) for name in arguments.only}, arguments.write)
 
 
 if __name__ == "__main__":

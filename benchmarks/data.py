@@ -12,50 +12,40 @@ loader    tokens a second of core time (all threads of the process): ours; torch
           WEIGHTS, once those that follow when WEIGHTS are shares of documents, which are then longer
 tokenize  `prepare` against tiktoken alone on the same text, in turns: two processes each, by the clock; and one process
           in core time. tiktoken runs with the split pattern as published and with the equal one that `Tokenizer` has
-document  most resident memory of `prepare` and its workers while a document of 200 MB is among the input
+document  most resident memory of `prepare` and its workers (pages that they share count once) while a document of 200
+          MB is among the input
 open      a corpus of 20 million documents (an index, and a .bin without content): seconds and memory to open it, all of
           it and the long documents only
 
 Times are ratios within one run; every loader reads the same corpora.
 """
 
-import argparse
-import gzip
 import hashlib
 import json
-import multiprocessing
 import os
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
-from machine import describe
+from data_prepare import document, tokenize
+from machine import ROOT, describe, in_folder, section_parser, write_sections
 
 from mobilellm_pro.config.job_config import JobConfig
-from mobilellm_pro.data.dataset_config import load_datasets_config
-from mobilellm_pro.data.documents import Document, read_documents
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.manifest import Manifest, ShardRecord, write_manifest
 from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shard_index import write_index
 from mobilellm_pro.data.shards import Corpus
-from mobilellm_pro.data.special_tokens import EOS
-from mobilellm_pro.data.text_parts import tokenize_part
-from mobilellm_pro.data.tokenizer import SPLIT_PATTERN, Tokenizer, find_llama4_file
+from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.training.loader import MixtureLoader
 
-ROOT = Path(__file__).resolve().parents[1]
-DATASETS_TOML = ROOT / "train_configs/debug/datasets.toml"
 WEIGHTS = {"encyclopedia": 0.4, "code": 0.3, "questions": 0.15, "mathematics": 0.1, "manuals": 0.05}
 
 
@@ -205,173 +195,14 @@ def interleave(folder: Path, work: Path, seq_len: int, *, shares: dict[str, floa
     held: list[np.ndarray] = []
     count, wanted = 0, batch_rows(seq_len) * (seq_len + 1)
     while True:
-        for document in mixed:
-            held.append(document["input_ids"])
+        for row in mixed:
+            held.append(row["input_ids"])
             count += len(held[-1])
             while count >= wanted:
                 tokens = np.concatenate(held)
                 rows = torch.from_numpy(tokens[:wanted].astype(np.int64)).view(-1, seq_len + 1)
                 held, count = [tokens[wanted:]], count - wanted
                 yield rows[:, :-1]
-
-
-# tokenize
-
-
-def tokenize(folder: Path, work: Path, repeats: int) -> list[str]:
-    """MB/s of `prepare` (reading, tokenizing, writing) and of tiktoken alone, each the sum over two processes."""
-    documents = [
-        document
-        for dataset in load_datasets_config(DATASETS_TOML).datasets
-        for source in dataset.sources()
-        for document in read_documents(dataset, source)
-    ]
-    files = []
-    for part in range(2):  # one for each process, alike
-        files.append(work / f"half_{part}.jsonl.gz")
-        with gzip.open(files[-1], "wt", compresslevel=1) as file:
-            for document in documents[part::2] * 2:
-                file.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
-    lines = [
-        "| tokenizer | time | tiktoken, published pattern MB/s | tiktoken, our pattern | prepare | prepare / each |",
-        "|---|---|---|---|---|---|",
-    ]
-    for tokenizer in tokenizers():
-        rows: list[tuple[str, list[float]]] = []
-        for number in range(repeats):
-            alone = [raw_speed(files, tokenizer, pattern) for pattern in (SPLIT_PATTERN, "")]
-            rows.append(("wall", [*alone, prepare_speed(files, tokenizer, work / f"prepared_{number}")]))
-        rows.append((f"core, best of {2 * repeats}", core_speeds(documents, tokenizer, work, 2 * repeats)))
-        for name, (published, grouped, ours) in rows:
-            ratios = f"{ours / published:.2f}, {ours / grouped:.2f}"
-            lines.append(
-                f"| {Path(tokenizer).stem} | {name} | {published:.2f} | {grouped:.2f} | {ours:.2f} | {ratios} |"
-            )
-    return lines
-
-
-def tokenizers() -> list[str]:
-    """The debug tokenizer, and the real one where `llama-models` is installed."""
-    names = [str(ROOT / "tests/assets/debug_tokenizer.model")]
-    try:
-        find_llama4_file()
-    except FileNotFoundError:
-        return names
-    return [*names, "llama4"]
-
-
-def prepare_speed(files: list[Path], tokenizer: str, output: Path) -> float:
-    """MB/s that `prepare` reports for the corpora, added up; from the first document to the last shard of each."""
-    toml = output.with_suffix(".toml")
-    tables = [f'[[dataset]]\nname = "half_{i}"\nsource = "{file}"\n' for i, file in enumerate(files)]
-    toml.write_text("\n".join([f'tokenizer = "{tokenizer}"\noutput = "{output}"', *tables]))
-    command = [sys.executable, "-m", "mobilellm_pro", "prepare", str(toml), "--overwrite", "--workers", str(len(files))]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return sum(float(speed) for speed in re.findall(r"\(([\d.]+) MB/s\)", done.stdout))
-
-
-def raw_speed(files: list[Path], tokenizer: str, pattern: str) -> float:
-    """MB/s of `encode_ordinary`, one process a file, all texts read before; added up."""
-    with multiprocessing.get_context("spawn").Pool(len(files)) as pool:
-        return sum(pool.starmap(_raw_speed, [(file, tokenizer, pattern) for file in files], chunksize=1))
-
-
-def _raw_speed(file: Path, source: str, pattern: str) -> float:
-    encode = raw_encoder(Tokenizer.load(source), pattern)
-    with gzip.open(file, "rt") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    begin = time.perf_counter()
-    encode_all(encode, texts)
-    return utf8_bytes(texts) / 1e6 / (time.perf_counter() - begin)
-
-
-def raw_encoder(tokenizer: Tokenizer, pattern: str) -> Callable[[str], list[int]]:
-    """`encode_ordinary` with a split pattern, "" for that of `Tokenizer`."""
-    if not pattern:
-        return tokenizer._encoding.encode_ordinary
-    special = {EOS: tokenizer.eos_id}
-    return tiktoken.Encoding(
-        "p", pat_str=pattern, mergeable_ranks=tokenizer.ranks, special_tokens=special
-    ).encode_ordinary
-
-
-def encode_all(encode: Callable[[str], list[int]], texts: list[str]) -> None:
-    """Encodes and forgets."""
-    for text in texts:
-        encode(text)
-
-
-def utf8_bytes(texts: list[str]) -> int:
-    """Of all texts together."""
-    return sum(len(text.encode("utf-8", "replace")) for text in texts)
-
-
-def core_speeds(documents: list[Document], source: str, work: Path, repeats: int, blocks: int = 6) -> list[float]:
-    """MB a second of core time of tiktoken with either pattern and of a part of `prepare`, all in this process.
-
-    They take turns on a few megabytes at a time, and of each turn the least of all repeats counts: what else runs on
-    the machine then slows all of them alike.
-    """
-    tokenizer = Tokenizer.load(source)
-    encoders = [raw_encoder(tokenizer, pattern) for pattern in (SPLIT_PATTERN, "")]
-    least, size = np.full((blocks, 3), np.inf), 0
-    for block in range(blocks):
-        texts = [document.text for document in documents[block::blocks]]
-        size += utf8_bytes(texts)
-        file, toml = work / f"block_{block}.jsonl.gz", work / "block.toml"
-        with gzip.open(file, "wt", compresslevel=1) as lines:
-            lines.writelines(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
-        toml.write_text(f'tokenizer = "{source}"\noutput = "{work}"\n[[dataset]]\nname = "b"\nsource = "{file}"\n')
-        dataset, folder = load_datasets_config(toml).datasets[0], work / f"block_{block}"
-        calls: list[Callable[[], object]] = [partial(encode_all, encode, texts) for encode in encoders]
-        calls.append(
-            partial(
-                tokenize_part, dataset, dataset.sources(), folder, 0, tokenizer, threads=1, progress=lambda *_: None
-            )
-        )
-        for _ in range(repeats):
-            for number, call in enumerate(calls):
-                begin = time.process_time()
-                call()
-                least[block, number] = min(least[block, number], time.process_time() - begin)
-    return (size / 1e6 / least.sum(axis=0)).tolist()
-
-
-# document
-
-
-def document(folder: Path, work: Path, repeats: int) -> list[str]:
-    """`prepare` with a document of 200 MB between small ones."""
-    text = work / "large.jsonl"
-    paragraph = " ".join(f"word{i} of a long document." for i in range(2000)) + "\n"
-    with text.open("w") as file:
-        for number in range(3):
-            body = paragraph * (200_000_000 // len(paragraph) + 1) if number == 1 else paragraph
-            file.write(json.dumps({"id": str(number), "text": body}) + "\n")
-    toml = work / "large.toml"
-    toml.write_text(
-        f'tokenizer = "{ROOT}/tests/assets/debug_tokenizer.model"\noutput = "{work}/large_tokens"\n'
-        f'[[dataset]]\nname = "large"\nsource = "{text}"\nholdout = 0.0\n'
-    )
-    begin = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "mobilellm_pro", "prepare", str(toml)], cwd=ROOT)
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, resident_bytes(child.pid))
-        time.sleep(0.05)
-    assert child.returncode == 0
-    seconds = time.perf_counter() - begin
-    return [f"{peak / 2**20:,.0f} MiB at most, parent and workers together, sampled every 50 ms; {seconds:.0f} s."]
-
-
-def resident_bytes(pid: int) -> int:
-    """Of a process and all below it."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(int(child)) for child in below)
 
 
 # open
@@ -427,19 +258,16 @@ SECTIONS = {"order": order, "loader": loader, "tokenize": tokenize, "document": 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser = section_parser(__doc__, SECTIONS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=Path, default=ROOT / "outputs/debug/tokens", help="prepared debug corpora")
-    parser.add_argument("--write", type=Path, help="Markdown file")
     arguments = parser.parse_args()
-    lines = ["# The data engine", "", *describe(["torch", "torchtitan", "torchdata", "datasets", "tiktoken", "numpy"])]
-    for name in arguments.only:
-        with tempfile.TemporaryDirectory() as work:
-            lines += ["", f"## {name}", "", *SECTIONS[name](arguments.tokens, Path(work), arguments.repeats)]
-        print("\n".join(lines[-12:]), flush=True)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n")
+    packages = ["torch", "torchtitan", "torchdata", "datasets", "tiktoken", "numpy"]
+    sections = {
+        name: partial(in_folder, partial(SECTIONS[name], arguments.tokens, repeats=arguments.repeats))
+        for name in arguments.only
+    }
+    write_sections(["# The data engine", "", *describe(packages)], sections, arguments.write)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import ROOT, describe
 from torch import Tensor
 
-sys.path += [str(Path(__file__).resolve().parents[1] / x) for x in (".", "tests/losses")]
-from machine import describe
+sys.path.append(str(ROOT / "tests/losses"))
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]

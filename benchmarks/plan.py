@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 from machine import describe
 
 import mobilellm_pro.config  # noqa: F401  (before torchtitan)

@@ -16,6 +16,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mobilellm_pro"
 # config stands below model: the model's flavors read the configuration, never the other way round.
 FLOORS = {
+    "atomic_file": -1,
+    "static_page": -1,
+    "json_lines": -1,
+    "repeated_names": -1,
+    "toml_text": -1,
     "losses": 0,
     "quantization": 0,
     "merging": 0,

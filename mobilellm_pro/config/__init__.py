@@ -11,9 +11,10 @@ from mobilellm_pro.config.torchtitan_import import defer_torchtitan_init
 defer_torchtitan_init()
 choose_device()
 
-from mobilellm_pro.config.checks import check_machine, check_world_size, smallest_world_size  # noqa: E402
+from mobilellm_pro.config.checks import check_machine  # noqa: E402
 from mobilellm_pro.config.config_error import ConfigError, JobError, Problem  # noqa: E402
 from mobilellm_pro.config.job_config import JobConfig  # noqa: E402
+from mobilellm_pro.config.mesh_checks import check_world_size, smallest_world_size  # noqa: E402
 from mobilellm_pro.config.resolved import resolved_toml  # noqa: E402
 from mobilellm_pro.config.toml import load  # noqa: E402
 

@@ -1,8 +1,8 @@
 """What keys of a configuration must be to each other, beyond their types.
 
-`check_keys` needs no machine and runs whenever a file is loaded. `check_world_size` needs the number of processes and
-`check_machine` the kind of device: they run before a job starts. torchtitan asserts some of all this late, adjusts some
-in silence and misses some.
+`check_keys` needs no machine and runs whenever a file is loaded. `check_machine` needs the kind of device and
+`mesh_checks.check_world_size` the number of processes: they run before a job starts. torchtitan asserts some of all
+this late, adjusts some in silence and misses some.
 """
 
 import importlib.util
@@ -12,28 +12,18 @@ from mobilellm_pro.config.config_error import Issue, Problem
 from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
 from mobilellm_pro.config.evaluation_checks import check_needle, check_validation
 from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.config.mesh_checks import check_data_parallelism
 from mobilellm_pro.config.no_effect import check_no_effect
 from mobilellm_pro.config.teacher_checks import (
     check_teacher_cache,
     check_teacher_layout,
     check_teacher_machine,
-    check_teacher_ranks,
 )
 
 
 def check_keys(config: JobConfig) -> list[Issue]:
     """Every disagreement between keys that can be seen without knowing the machine."""
     return [issue for check in _CHECKS for issue in check(config)]
-
-
-def check_world_size(config: JobConfig, world_size: int) -> list[Problem]:
-    """Problems of the degrees of parallelism and of the batch with this number of processes.
-
-    Args:
-        config: a loaded configuration.
-        world_size: number of processes of the job, one a device.
-    """
-    return [Problem("parallelism", issue.key, issue.found, issue.expected) for issue in _mesh(config, world_size)]
 
 
 def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
@@ -62,7 +52,7 @@ def _positive(config: JobConfig) -> Iterator[Issue]:
     """Numbers that mean nothing at zero or below."""
     keys = ["training.seq_len", "training.local_batch_size", "training.steps", "training.max_norm", "training.gc_freq"]
     keys += ["metrics.log_freq", "optimizer.lr", "optimizer.eps", "checkpoint.interval", "profiling.profile_freq"]
-    keys += ["comm.init_timeout_seconds", "comm.train_timeout_seconds"]
+    keys += ["comm.init_timeout_seconds", "comm.train_timeout_seconds", "guard.max_skipped_steps"]
     keys += [
         f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "tensor_parallel", "context_parallel")
     ]
@@ -113,23 +103,6 @@ def _sequence(config: JobConfig) -> Iterator[Issue]:
     if config.attention.context_layout == "head_tail" and parallelism.context_parallel_degree == 1:
         both = ("attention.context_layout", "parallelism.context_parallel_degree")
         yield Issue(both, "head_tail on one context rank", "contiguous, or a context_parallel_degree above 1")
-
-
-def _data_parallelism(config: JobConfig) -> Iterator[Issue]:
-    replicate = config.parallelism.data_parallel_replicate_degree
-    shard = config.parallelism.data_parallel_shard_degree
-    key = "parallelism.data_parallel_shard_degree"
-    if shard != -1 and shard <= 0:
-        yield Issue((key,), str(shard), "a positive number, or -1 for the ranks that the other degrees leave")
-    if replicate > 1 and shard == 1:
-        yield _replicate_only(replicate)
-
-
-def _replicate_only(replicate: int) -> Issue:
-    key = "parallelism.data_parallel_replicate_degree"
-    found = f"{replicate} with data_parallel_shard_degree = 1, which would divide the gradients twice"
-    expected = f"1, and data_parallel_shard_degree = {replicate}"
-    return Issue((key, "parallelism.data_parallel_shard_degree"), found, expected)
 
 
 def _schedule(config: JobConfig) -> Iterator[Issue]:
@@ -226,59 +199,6 @@ def _converters(config: JobConfig) -> Iterator[Issue]:
             yield Issue(("model.converters",), f'"{converter}"', "no converter of float8 or MX training")
 
 
-def _mesh(config: JobConfig, world_size: int) -> Iterator[Issue]:
-    parallelism = config.parallelism
-    degrees = {
-        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
-        "context_parallel_degree": parallelism.context_parallel_degree,
-        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
-    }
-    others = 1
-    for degree in degrees.values():
-        others *= degree
-    shard = parallelism.data_parallel_shard_degree
-    said = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
-    key = "parallelism.data_parallel_shard_degree"
-    if others <= 0 or world_size % others or (shard != -1 and shard * others != world_size):
-        found = f"data_parallel_shard_degree {shard} x {said} for {world_size} processes"
-        yield Issue((key,), found, _mesh_cure(world_size, others, shard))
-        return
-    shard = world_size // others
-    if shard == 1 and parallelism.data_parallel_replicate_degree > 1:
-        yield _replicate_only(parallelism.data_parallel_replicate_degree)
-    data_ranks = shard * parallelism.data_parallel_replicate_degree
-    unit = config.training.local_batch_size * data_ranks
-    batch = config.training.global_batch_size
-    if batch > 0 and batch % unit:
-        expected = f"a multiple of {unit}: local_batch_size times {data_ranks} data parallel ranks"
-        yield Issue(("training.global_batch_size",), str(batch), expected)
-    yield from check_teacher_ranks(config, world_size)
-
-
-def smallest_world_size(config: JobConfig) -> int:
-    """The least number of processes that the degrees of parallelism allow: a left-over shard degree counts as small.
-
-    Where the student's degrees leave the number open, the teacher's may ask for more; what fits no number stays.
-    """
-    parallelism, own = config.parallelism, config.teacher.parallelism
-    shard = parallelism.data_parallel_shard_degree
-    if shard == -1:  # replicas without shards are refused
-        shard = 2 if parallelism.data_parallel_replicate_degree > 1 else 1
-    model_degrees = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
-    smallest = parallelism.data_parallel_replicate_degree * shard * model_degrees
-    if parallelism.data_parallel_shard_degree != -1:
-        return smallest
-    enough = own.tensor_parallel_degree * own.expert_parallel_degree * max(1, own.data_parallel_shard_degree)
-    sizes = range(smallest, smallest * enough + 1, smallest)
-    return next((size for size in sizes if not any(check_teacher_ranks(config, size))), smallest)
-
-
-def _mesh_cure(world_size: int, others: int, shard: int) -> str:
-    if others > 0 and world_size % others == 0:
-        return f"data_parallel_shard_degree = {world_size // others} or -1, or {max(shard, 1) * others} processes"
-    return f"degrees whose product is {world_size}, or a multiple of {others} processes"
-
-
 _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     check_no_effect,
     check_distill,
@@ -290,7 +210,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     _positive,
     _batch,
     _sequence,
-    _data_parallelism,
+    check_data_parallelism,
     _schedule,
     _optimizer,
     _checkpoint,

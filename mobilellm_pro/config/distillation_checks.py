@@ -57,6 +57,10 @@ def check_data(config: JobConfig) -> Iterator[Issue]:
             yield Issue((f"{key}.weight",), str(dataset.weight), "a positive share; leave the table out for none")
         if dataset.max_epochs is not None and dataset.max_epochs <= 0:
             yield Issue((f"{key}.max_epochs",), str(dataset.max_epochs), "a positive number; leave it out for no limit")
+        clusters = dataset.clusters
+        if clusters is not None and (not clusters or min(clusters) < 0 or len(set(clusters)) < len(clusters)):
+            expected = "numbers of clusters from 0, each once; leave it out for all documents"
+            yield Issue((f"{key}.clusters",), str(clusters), expected)
     for name, count in Counter(dataset.name for dataset in data.datasets).items():
         if count > 1 and name:
             yield Issue(("data.datasets",), f'{count} corpora named "{name}"', "one name for one corpus")

@@ -19,16 +19,15 @@ def check_needle(config: JobConfig) -> Iterator[Issue]:
     needle, seq_len = config.needle, config.training.seq_len
     if not needle.enable:
         return
-    for name in ("freq", "depths", "needles", "batch"):
-        if getattr(needle, name) < 1:
-            yield Issue((f"needle.{name}",), str(getattr(needle, name)), "a positive number")
+    if needle.freq < 1:
+        yield Issue(("needle.freq",), str(needle.freq), "a positive number")
+    wrong = {mismatch.place: mismatch for mismatch in needle.mismatches()}
+    for name, mismatch in wrong.items():
+        yield Issue((f"needle.{name}", "needle.enable"), mismatch.found, mismatch.expected)
     if config.model.name == "llama4_text":
         found = "true for a teacher, which has no KV cache"
         yield Issue(("needle.enable", "model.name"), found, "false: students only are tested")
-    lengths = needle.lengths
-    if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        yield Issue(("needle.lengths", "needle.enable"), str(lengths), "positive numbers of tokens, each once")
-    elif max(lengths) > seq_len and not needle.allow_longer:
-        found = f"{max(lengths)} with training.seq_len = {seq_len}"
+    if "lengths" not in wrong and max(needle.lengths) > seq_len and not needle.allow_longer:
+        found = f"{max(needle.lengths)} with training.seq_len = {seq_len}"
         expected = f"lengths up to {seq_len}, or needle.allow_longer = true"
         yield Issue(("needle.lengths", "training.seq_len", "needle.allow_longer"), found, expected)

@@ -12,6 +12,8 @@ from typing import Literal
 
 from torchtitan.config import JobConfig as TitanJobConfig
 
+from mobilellm_pro.config.needle_cells import NeedleCells
+
 
 @dataclass
 class Attention:
@@ -137,6 +139,11 @@ class Dataset:
     max_epochs: float | None = None
     """Passes over the corpus that training must not exceed; `data.on_max_epochs` says what happens then."""
 
+    clusters: list[int] | None = None
+    """Only documents of these clusters are used, those of training and the held-out ones: numbers in the clusters.md
+    that `mobilellm-pro prepare --cluster` wrote beside the corpus. Default: all documents. A corpus may stand in
+    several tables, under other names with other clusters."""
+
 
 @dataclass
 class Data:
@@ -174,7 +181,7 @@ class Data:
 
 
 @dataclass
-class Needle:
+class Needle(NeedleCells):
     """The needle test during training (`mobilellm-pro needle` tests a finished checkpoint)."""
 
     enable: bool = False
@@ -186,24 +193,23 @@ class Needle:
     its share of the cells, and waits for the others. Waiting may take `comm.train_timeout_seconds` at most: give every
     rank about as many cells, or raise that key."""
 
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of prompt and answer together."""
-
-    depths: int = 5
-    """Places of the needle, evenly spaced from 0 to 100 % of the text."""
-
-    needles: int = 1
-    """Prompts of each length and depth; the cells are lengths x depths x needles."""
-
-    haystack: str = ""
-    """Folder of a prepared corpus to take text from. Default: a generated filler."""
-
-    batch: int = 1
-    """Prompts at a time. More are faster; kernels may then round differently, and a close call may go another way on
-    another number of ranks."""
-
     allow_longer: bool = False
     """Whether lengths above training.seq_len are meant, to see what the student does beyond what it is trained on."""
+
+
+@dataclass
+class Guard:
+    """What happens when a step is not finite: a loss or the norm of the gradients is NaN or infinite on any rank."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """`stop`: end the run with an error that names the step, the rank, the micro-batch, its rows and documents, and
+    what in it is not finite. `skip`: drop the gradients on all ranks and go on with the next step; weights and moments
+    stay as they are, the schedule of the learning rate goes on. Skipped steps are lines of their own in metrics.jsonl,
+    and counted there and in DONE."""
+
+    max_skipped_steps: int = 10
+    """So many steps in a row may be skipped; one more stops the run: what does not end by itself is no accident of the
+    data. Read only with non_finite = "skip"."""
 
 
 @dataclass
@@ -215,3 +221,4 @@ class JobConfig(TitanJobConfig):
     teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
     needle: Needle = field(default_factory=Needle)
+    guard: Guard = field(default_factory=Guard)

@@ -3,7 +3,6 @@
 Keys that have no effect here are left out, and so are keys that are unset: TOML has no word for None.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.config.no_effect import has_no_effect
+from mobilellm_pro.toml_text import quoted
 
 
 def resolved_toml(config: JobConfig) -> str:
@@ -44,8 +44,7 @@ def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return quoted(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_value_text, value))}]"
     if isinstance(value, float):

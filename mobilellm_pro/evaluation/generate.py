@@ -3,9 +3,8 @@
 import torch
 
 from mobilellm_pro.data.tokenizer import Tokenizer
-from mobilellm_pro.model.checkpoint import load_model
+from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.model.generation import continue_tokens
-from mobilellm_pro.model.student import Student
 
 
 def generate(
@@ -32,12 +31,9 @@ def generate(
     Raises:
         ValueError: the checkpoint is not a student's, or does not fit its configuration.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(checkpoint, device=device)
-    if not isinstance(loaded.model, Student):
-        raise ValueError(f"{checkpoint}: a {type(loaded.model).__name__.lower()}; only students have a KV cache")
+    loaded = load_student(checkpoint, "float32")
     text = Tokenizer.load(tokenizer or loaded.tokenizer)
-    ids = torch.tensor([text.encode(prompt, bos=True)], device=device)
+    ids = torch.tensor([text.encode(prompt, bos=True)], device=loaded.device)
     stops = tuple(i for name, i in text.special_ids.items() if name in ("<|end_of_text|>", "<|eot|>", "<|eom|>"))
     new = continue_tokens(
         loaded.model,
@@ -46,7 +42,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         stop_ids=stops,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator(loaded.device).manual_seed(seed),
     )
     continuation = text.decode([i for i in new[0].tolist() if i not in stops])
     print(prompt + continuation)

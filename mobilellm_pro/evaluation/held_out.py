@@ -3,27 +3,29 @@
     mobilellm-pro held-out outputs/debug/2_context train_configs/debug/2_context.toml
 
 A run's own validation reads packed rows under the run's own mask, truncation and choice of documents, so runs that
-differ in those read different text. Here every model reads the same: documents of the job's corpora from their first
-token on, one at a time, in proportion to the weights, cut at the job's longest row. They go through the model as a
-prompt does in generation, in chunks with a KV cache, so a long one needs little memory.
+differ in those read different text. Here every model reads the same: documents of the job's corpora, or of the
+clusters that it names, from their first token on, one at a time, in proportion to the weights, cut at the job's longest
+row. They go through the model as a prompt does in generation, in chunks with a KV cache, so a long one needs little
+memory.
 """
 
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mobilellm_pro.config.job_config import JobConfig
+from mobilellm_pro.data.document_limits import DocumentLimits
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle_results import write_result
+from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.losses import linear_distillation
-from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.kv_cache import KVCache
 from mobilellm_pro.model.student import Student
 
@@ -31,7 +33,12 @@ CHUNK_TOKENS = 2048
 
 
 def held_out(
-    checkpoint: str, config: JobConfig, *, output: str | None = None, device: str | None = None
+    checkpoint: str,
+    config: JobConfig,
+    *,
+    output: str | None = None,
+    device: str | None = None,
+    split: Literal["valid", "dev"] = "valid",
 ) -> dict[str, Any] | None:
     """Print a student's bits per byte on the held-out documents of a job's corpora, each document read alone.
 
@@ -44,6 +51,7 @@ def held_out(
         config: TOML file of a job.
         output: JSON file to write the result to.
         device: default cuda where there is one, else cpu.
+        split: which held-out documents: those that reports are made of, or those that choices rest on (dev).
 
     Returns:
         bits_per_byte, ce (nats a token), tokens, documents, by_corpus (bits per byte), checkpoint and settings; None on
@@ -51,15 +59,12 @@ def held_out(
 
     Raises:
         FileNotFoundError: no such checkpoint, tokenizer or corpus.
-        ValueError: the checkpoint is not a student's; the job validates nothing; the corpora have no held-out part.
+        ValueError: the checkpoint is not a student's; the job validates nothing; the corpora lack that held-out part.
     """
     if os.environ.get("RANK", "0") != "0":
         return None
-    settings = held_out_settings(config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(checkpoint, "float32" if device == "cpu" else "bfloat16", device)
-    if not isinstance(loaded.model, Student):
-        raise ValueError(f"{checkpoint}: a {type(loaded.model).__name__.lower()}; only students have a KV cache")
+    settings = held_out_settings(config, split)
+    loaded = load_student(checkpoint, device=device)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size != loaded.model.model_args.vocab_size:
         raise ValueError(
@@ -76,8 +81,10 @@ def held_out(
     return result
 
 
-def held_out_settings(config: JobConfig) -> dict[str, Any]:
+def held_out_settings(config: JobConfig, split: str = "valid") -> dict[str, Any]:
     """What of a job decides which documents are read: equal settings give comparable numbers.
+
+    `clusters` (of the corpora that are read in part) and `split` (where it is not "valid") stand there only if need be.
 
     Raises:
         ValueError: the job does not validate, so it does not say how much to read.
@@ -88,12 +95,32 @@ def held_out_settings(config: JobConfig) -> dict[str, Any]:
             "validation.enable = false: the job does not say how much to read; set it, steps, "
             "local_batch_size and seq_len"
         )
+    chosen = {dataset.name: dataset.clusters for dataset in config.data.datasets if dataset.clusters is not None}
+    only_if_used = ({"clusters": chosen} if chosen else {}) | ({"split": split} if split != "valid" else {})
     return {
         "tokenizer": config.data.tokenizer,
         "corpora": [[dataset.name, dataset.path, dataset.weight] for dataset in config.data.datasets],
         "tokens": validation.steps * validation.local_batch_size * validation.seq_len,
         "longest_document_tokens": validation.seq_len,
+        **only_if_used,
     }
+
+
+def held_out_documents(settings: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """The documents that `held_out_settings` mean: (name of the corpus, ids [2 or more]), corpus after corpus.
+
+    Raises:
+        FileNotFoundError: no such corpus.
+        ValueError: a corpus without that part or those clusters, or of another tokenizer.
+    """
+    weight_sum = sum(weight for _, _, weight in settings["corpora"])
+    for name, path, weight in settings["corpora"]:
+        corpus = Corpus.open(path, settings.get("split", "valid"), fingerprint=tokenizer.fingerprint)
+        clusters = settings.get("clusters", {}).get(name)
+        limits = DocumentLimits(clusters=None if clusters is None else tuple(clusters))
+        budget = round(settings["tokens"] * weight / weight_sum)
+        for ids in first_documents(corpus, limits, budget, settings["longest_document_tokens"]):
+            yield name, ids
 
 
 @torch.no_grad()
@@ -118,18 +145,13 @@ def document_nats(model: Student, ids: Tensor) -> float:
 
 def _scores(model: Student, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
     device = model.embed_tokens.weight.device
-    weight_sum = sum(weight for _, _, weight in settings["corpora"])
-    nats: dict[str, float] = {}
-    num_bytes: dict[str, int] = {}
+    nats = {name: 0.0 for name, _, _ in settings["corpora"]}
+    num_bytes = dict.fromkeys(nats, 0)
     num_tokens = num_documents = 0
-    for name, path, weight in settings["corpora"]:
-        corpus = Corpus.open(path, "valid", fingerprint=tokenizer.fingerprint)
-        nats[name], num_bytes[name] = 0.0, 0
-        budget = round(settings["tokens"] * weight / weight_sum)
-        for ids in _documents(corpus, budget, settings["longest_document_tokens"]):
-            nats[name] += document_nats(model, torch.from_numpy(ids.astype(np.int64)).to(device))
-            num_bytes[name] += int(tokenizer.token_bytes[ids[1:]].sum())
-            num_tokens, num_documents = num_tokens + len(ids) - 1, num_documents + 1
+    for name, ids in held_out_documents(settings, tokenizer):
+        nats[name] += document_nats(model, torch.from_numpy(ids.astype(np.int64)).to(device))
+        num_bytes[name] += int(tokenizer.token_bytes[ids[1:]].sum())
+        num_tokens, num_documents = num_tokens + len(ids) - 1, num_documents + 1
     if not sum(num_bytes.values()):
         raise ValueError("no held-out document has any text; prepare the corpora with a larger holdout")
     bits = {name: nats[name] / (math.log(2) * num_bytes[name]) for name in nats if num_bytes[name]}
@@ -143,9 +165,9 @@ def _scores(model: Student, tokenizer: Tokenizer, settings: Mapping[str, Any]) -
     }
 
 
-def _documents(corpus: Corpus, budget: int, longest: int) -> Iterator[np.ndarray]:
+def first_documents(corpus: Corpus, limits: DocumentLimits, budget: int, longest: int) -> Iterator[np.ndarray]:
     """The first documents of a corpus, each cut at `longest` tokens, the last where the budget ends."""
-    lengths = corpus.lengths(0, corpus.num_documents)
+    lengths = limits.lengths(corpus, 0, corpus.num_documents)
     for document, length in enumerate(lengths.tolist()):
         count = min(length, longest, budget)
         if budget < 2:

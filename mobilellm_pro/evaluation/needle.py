@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -32,19 +32,19 @@ from mobilellm_pro.evaluation.needle_grid import (
     cells_of_rank,
     check_prompts,
 )
-from mobilellm_pro.evaluation.needle_haystack import CorpusText, Filler, Haystack
+from mobilellm_pro.evaluation.needle_haystack import Filler, Haystack, open_haystack
 from mobilellm_pro.evaluation.needle_plot import plot_heat_map
 from mobilellm_pro.evaluation.needle_prompt import TEMPLATE_VERSION, answer_matches
 from mobilellm_pro.evaluation.needle_results import (
     PICTURE,
-    agree_on_settings,
+    agree_on_cells,
     append_cell,
     read_cells,
     summary,
     table,
     write_result,
 )
-from mobilellm_pro.model.checkpoint import LoadedModel, load_model
+from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.model.generation import continue_tokens
 from mobilellm_pro.model.kv_cache import CacheDtype
 from mobilellm_pro.model.student import Student
@@ -97,27 +97,21 @@ def needle(
 
     Raises:
         FileNotFoundError: no such checkpoint, tokenizer or corpus.
-        ValueError: the checkpoint is not a student's; a length is too short or too long; the output folder holds cells
-            of other settings.
+        ValueError: not a student's checkpoint; a length too short or too long; an output with cells of other settings.
     """
     grid = Grid(**({} if lengths is None else {"lengths": tuple(lengths)}), num_depths=depths, num_needles=needles,
                 seed=seed, answer_tokens=answer_tokens)  # fmt: skip
     _check_sizes(batch=batch, prefill_tokens=prefill_tokens)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    loaded = load_model(checkpoint, dtype, device)
-    student = _student(loaded, checkpoint, grid, allow_longer)
+    loaded = load_student(checkpoint, dtype)
+    student = loaded.model
+    _check_lengths(grid, sys.maxsize if allow_longer else loaded.max_tokens, checkpoint)
     text = _tokenizer(tokenizer or loaded.tokenizer, student, checkpoint)
-    source: Haystack = Filler() if haystack is None else CorpusText(haystack, text)
+    source = open_haystack(haystack, text)
     check_prompts(grid, source, text)  # an error now, not in hours
     folder = Path(output or f"outputs/needle/{_name(checkpoint)}")
-    settings = {
-        **asdict(grid), "haystack": source.identity, "template": TEMPLATE_VERSION, "tokenizer": text.fingerprint,
-        "model": model_fingerprint(student), "dtype": dtype, "cache_dtype": cache_dtype,
-    }  # fmt: skip
-    agree_on_settings(folder, settings)
-    generate = greedy(student, text, prefill_tokens, cache_dtype)
-    _run_missing_cells(folder, generate, text, grid, source, batch)
+    settings = _settings(grid, source, text, student) | {"dtype": loaded.dtype, "cache_dtype": cache_dtype}
+    agree_on_cells(folder, settings)
+    _run_missing_cells(folder, greedy(student, text, prefill_tokens, cache_dtype), text, grid, source, batch)
     return _finished(folder, grid, {"checkpoint": checkpoint, "settings": settings})
 
 
@@ -235,16 +229,12 @@ def _name(checkpoint: str) -> str:
     return f"{folder.parents[1].name}_{folder.name}" if folder.name.startswith("step-") else folder.name
 
 
-def _student(loaded: LoadedModel, checkpoint: str, grid: Grid, allow_longer: bool) -> Student:
-    model: nn.Module = loaded.model
-    if not isinstance(model, Student):
-        raise ValueError(f"{checkpoint}: a {type(model).__name__.lower()}; only students have a KV cache")
-    if max(grid.lengths) > loaded.max_tokens and not allow_longer:
+def _check_lengths(grid: Grid, max_tokens: int, checkpoint: str) -> None:
+    if max(grid.lengths) > max_tokens:
         raise ValueError(
-            f"lengths: {max(grid.lengths)} tokens are more than the {loaded.max_tokens} that {checkpoint} was trained "
-            "on; give shorter --lengths, or --allow-longer to see what it does beyond them"
+            f"lengths: {max(grid.lengths)} tokens are more than the {max_tokens} that {checkpoint} was trained on; "
+            "give shorter --lengths, or --allow-longer to see what it does beyond them"
         )
-    return model
 
 
 def _tokenizer(source: str, student: Student, checkpoint: str) -> Tokenizer:
@@ -255,6 +245,12 @@ def _tokenizer(source: str, student: Student, checkpoint: str) -> Tokenizer:
             "give its own tokenizer"
         )
     return tokenizer
+
+
+def _settings(grid: Grid, haystack: Haystack, tokenizer: Tokenizer, student: Student) -> dict[str, Any]:
+    """What decides about prompts and answers, but for the number formats."""
+    made_of = {"haystack": haystack.identity, "template": TEMPLATE_VERSION, "tokenizer": tokenizer.fingerprint}
+    return asdict(grid) | made_of | {"model": model_fingerprint(student)}
 
 
 def _finished(folder: Path, grid: Grid, description: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mobilellm_pro.config.needle_cells import cell_mismatches
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle_haystack import Haystack, most_sentences
 from mobilellm_pro.evaluation.needle_prompt import Needle, build_prompt, draw_needle, place_at
@@ -70,11 +71,8 @@ class Grid:
 
     def __post_init__(self) -> None:
         counts = {"depths": self.num_depths, "needles": self.num_needles, "answer_tokens": self.answer_tokens}
-        for name, count in {**counts, "lengths": min(self.lengths, default=0)}.items():
-            if count < 1:
-                raise ValueError(f"{name}: {count} in the needle grid; expected at least 1")
-        if len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"lengths: {list(self.lengths)} names a length twice")
+        for wrong in cell_mismatches(self.lengths, **counts):
+            raise ValueError(f"{wrong.place}: {wrong.found} in the needle grid; expected {wrong.expected}")
 
     @property
     def depths(self) -> list[float]:

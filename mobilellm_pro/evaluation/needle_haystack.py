@@ -72,6 +72,16 @@ class CorpusText:
         )
 
 
+def open_haystack(folder: str | None, tokenizer: Tokenizer) -> Haystack:
+    """The text of a prepared corpus, or the filler without one.
+
+    Raises:
+        FileNotFoundError: there is no such corpus.
+        ValueError: it was made by another tokenizer, or is damaged.
+    """
+    return Filler() if folder is None else CorpusText(folder, tokenizer)
+
+
 def most_sentences(num_tokens: Callable[[int], int], limit: int) -> int:
     """The number of sentences n >= 0 for which num_tokens(n) <= limit < num_tokens(n + 1).
 

@@ -13,7 +13,7 @@ from mobilellm_pro.config.job_config import Needle
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle import needle_score
 from mobilellm_pro.evaluation.needle_grid import Grid, check_prompts
-from mobilellm_pro.evaluation.needle_haystack import CorpusText, Filler, Haystack
+from mobilellm_pro.evaluation.needle_haystack import Haystack, open_haystack
 from mobilellm_pro.evaluation.needle_results import write_result
 from mobilellm_pro.model.student import Student
 
@@ -43,8 +43,7 @@ class OnlineNeedle:
     @cached_property
     def haystack(self) -> Haystack:
         """The corpus of the settings, or the filler."""
-        folder = self._settings.haystack
-        return CorpusText(folder, self.tokenizer) if folder else Filler()
+        return open_haystack(self._settings.haystack or None, self.tokenizer)
 
     @property
     def grid(self) -> Grid:

@@ -10,57 +10,40 @@ process group that a slow rank could time out. A cell that is in any rank's file
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.data.claimed_file import write_if_absent
+from mobilellm_pro.atomic_file import write_atomically
+from mobilellm_pro.data.claimed_file import agree_on_settings
 from mobilellm_pro.evaluation.needle_grid import Cell, CellResult, Grid
+from mobilellm_pro.json_lines import append_record, read_records
 
 SETTINGS, RESULT, PICTURE = "settings.json", "needle.json", "needle.png"
 
 
-def agree_on_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def agree_on_cells(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes settings.json, or compares with the one that is there.
 
     Raises:
         ValueError: they differ; names each difference.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    own = json.loads(json.dumps(settings))
-    write_if_absent(path, json.dumps(own, indent=2) + "\n")
-    found = json.loads(path.read_text())
-    different = [key for key in {**found, **own} if found.get(key) != own.get(key)]
-    if different:
-        lines = [f"  {key}: {found.get(key)!r} there, {own.get(key)!r} now" for key in different]
-        raise ValueError(
-            f"{path}: the cells in this folder were made with other settings:\n" + "\n".join(lines) + "\n"
-            "choose another --output, remove the folder, or start with its settings"
-        )
+    said = "the cells in this folder were made with other settings"
+    cure = "choose another --output, remove the folder, or start with its settings"
+    agree_on_settings(folder / SETTINGS, settings, said=said, cure=cure)
 
 
 def append_cell(folder: Path, rank: int, result: CellResult) -> None:
     """Adds a line to the rank's file."""
-    with (folder / f"cells-rank{rank}.jsonl").open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last line short
-                file.write(b"\n")
-        file.write(json.dumps(_record(result)).encode() + b"\n")
+    append_record(folder / f"cells-rank{rank}.jsonl", _record(result))
 
 
 def read_cells(folder: Path, cells: Sequence[Cell]) -> dict[int, CellResult]:
     """Number of a finished cell -> its result, of all ranks; a line that a kill cut short is left out."""
     results = {}
     for path in sorted(folder.glob("cells-rank*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for record in read_records(path):
             cell = cells[record["cell"]]
             kept = (record[key] for key in ("prompt_tokens", "value", "answer", "correct"))
             results[cell.index] = CellResult(cell, *kept)
@@ -69,9 +52,7 @@ def read_cells(folder: Path, cells: Sequence[Cell]) -> dict[int, CellResult]:
 
 def write_result(folder: Path, result: Mapping[str, Any], name: str = RESULT) -> None:
     """Writes needle.json (or `name`) by rename; two ranks that finish at once write the same."""
-    temporary = folder / f"{name}.tmp{os.getpid()}"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(folder / name)
+    write_atomically(folder / name, json.dumps(result, indent=2) + "\n")
 
 
 def summary(grid: Grid, results: Sequence[CellResult]) -> dict[str, Any]:

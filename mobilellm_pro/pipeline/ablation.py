@@ -114,7 +114,7 @@ def _check(plan: AblationGrid, chosen: Sequence[Variant]) -> None:
         for problem in _problems(variant):
             variants.setdefault(problem, []).append(variant.name)
     found = [f"{problem} (variant {', '.join(names)})" for problem, names in variants.items()]
-    settings = Needle(True, **asdict(plan.needle))
+    settings = Needle(enable=True, **asdict(plan.needle))
     found += OnlineNeedle(settings, plan.base.data.tokenizer, plan.folder).problems()
     if not plan.base.validation.enable:
         found.append("validation.enable = false: it says how much held-out text every variant is tested on")

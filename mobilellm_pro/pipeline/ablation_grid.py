@@ -23,30 +23,20 @@ from typing import Any
 
 from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.config_error import nearest_name
-from mobilellm_pro.config.typed_values import check_table, describe_value
+from mobilellm_pro.config.needle_cells import NeedleCells
+from mobilellm_pro.config.table_arrays import check_tables
+from mobilellm_pro.config.typed_values import check_table
 from mobilellm_pro.pipeline.varied_job import flatten, load_varied, override_problems, read_toml, words_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class NeedleTest:
-    """Cells of the final needle test."""
-
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of prompt and answer together."""
+class NeedleTest(NeedleCells):
+    """Cells of the final needle test: as many places and prompts as the verb `needle` has by default."""
 
     depths: int = 9
-    """Places of the needle, evenly spaced from 0 to 100 % of the text."""
-
     needles: int = 5
-    """Prompts of each length and depth."""
-
-    haystack: str = ""
-    """Folder of a prepared corpus to take text from. Default: a generated filler."""
-
-    batch: int = 1
-    """Prompts at a time."""
 
 
 @dataclass
@@ -132,7 +122,9 @@ def load_grid(path: str | Path, folder: str | Path | None = None) -> AblationGri
     values, problems = check_table(GridTable, raw, str(path))
     if not values.get("job"):
         problems.append(Problem(str(path), "job", "nothing", "the TOML file of the job, relative to the grid's folder"))
-    tables = list(_variant_tables(raw_variants, path, problems))
+    expected = "[[variant]] tables with name, why and overrides"
+    tables, more = check_tables(VariantTable, raw_variants, str(path), "variant", expected)
+    problems += more
     needle = NeedleTest(**values.get("needle", {}))
     job = Path(os.path.normpath(path.parent / values.get("job", "")))
     common = values.get("overrides", {})
@@ -164,17 +156,6 @@ def choose(grid: AblationGrid, only: list[str] | None) -> list[Variant]:
     return [variant for variant in grid.variants if not only or variant.name in only]
 
 
-def _variant_tables(raw: Any, path: Path, problems: list[Problem]) -> Iterator[VariantTable]:
-    if not isinstance(raw, list) or not raw or not all(isinstance(table, dict) for table in raw):
-        found = "nothing" if raw is None else describe_value(raw)
-        problems.append(Problem(str(path), "variant", found, "[[variant]] tables with name, why and overrides"))
-        return
-    for index, table in enumerate(raw):
-        values, more = check_table(VariantTable, table, str(path), f"variant[{index}].")
-        problems += more
-        yield VariantTable(**values)
-
-
 def _variant_problems(tables: list[VariantTable], path: Path) -> Iterator[Problem]:
     seen: dict[str, str] = {}
     names: set[str] = set()
@@ -203,12 +184,8 @@ def _override_problems(overrides: dict[str, Any], place: str) -> Iterator[Proble
 
 
 def _needle_problems(needle: NeedleTest, path: Path) -> Iterator[Problem]:
-    lengths = needle.lengths
-    if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        yield Problem(str(path), "needle.lengths", str(lengths), "positive numbers of tokens, each once")
-    for name in ("depths", "needles", "batch"):
-        if getattr(needle, name) < 1:
-            yield Problem(str(path), f"needle.{name}", str(getattr(needle, name)), "a positive number")
+    for mismatch in needle.mismatches():
+        yield Problem(str(path), f"needle.{mismatch.place}", mismatch.found, mismatch.expected)
 
 
 def _variant(

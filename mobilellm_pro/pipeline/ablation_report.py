@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.data import manifest
 from mobilellm_pro.evaluation.held_out import held_out_settings
 from mobilellm_pro.evaluation.needle_plot import plot_models
@@ -14,7 +15,7 @@ from mobilellm_pro.evaluation.needle_results import RESULT
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline.ablation_grid import AblationGrid, Variant
 from mobilellm_pro.pipeline.varied_job import word_of
-from mobilellm_pro.training.run_folder import read_metrics, write_atomically
+from mobilellm_pro.training.run_folder import read_metrics
 
 
 def write_report(plan: AblationGrid) -> list[dict[str, Any]]:

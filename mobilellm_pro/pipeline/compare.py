@@ -10,6 +10,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mobilellm_pro.pipeline.curve_plot import Curve, draw_curves
 from mobilellm_pro.training.run_folder import read_metrics
 
 
@@ -93,19 +94,15 @@ def plot_held_out(folders: dict[str, Path], path: Path) -> None:
 
 
 def _plot(folders: dict[str, Path], kind: str, key: str, label: str, path: Path, teacher: str | None = None) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, folder in folders.items():
-        records = read_metrics(folder, kind)
-        axes.plot([r["step"] for r in records], [r[key] for r in records], label=name, marker="." * (kind != "train"))
-        if teacher is not None and records and teacher in records[-1]:
-            axes.axhline(records[-1][teacher], color="gray", linestyle="--", label=f"teacher of {name}")
-    axes.set(xlabel="step", ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    runs = {name: read_metrics(folder, kind) for name, folder in folders.items()}
+    levels = {
+        f"teacher of {name}": records[-1][teacher]
+        for name, records in runs.items()
+        if teacher is not None and records and teacher in records[-1]
+    }
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    curves = {name: Curve.of(records, key) for name, records in runs.items()}
+    draw_curves(figure.subplots(), curves, label, levels=levels)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -14,6 +14,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.config import JobConfig, JobError, check_world_size, smallest_world_size
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.registry import configured_args
@@ -29,7 +30,6 @@ from mobilellm_pro.pipeline.step_time import HARDWARE, Hardware, Links, step_tim
 from mobilellm_pro.pipeline.step_work import loss_flops, student_flops, teacher_flops, transfers
 from mobilellm_pro.training.fake_ranks import fake_ranks, frozen_teacher_layout, student_shards, teacher_shards
 from mobilellm_pro.training.preflight import student_degree_problems, vocabulary_problems
-from mobilellm_pro.training.run_folder import write_atomically
 
 LOGIT_PASSES = 5
 """Times that element-wise work of the loss reads or writes every logit: both models' twice, and the gradient once."""

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 
 from mobilellm_pro.__main__ import main
 from mobilellm_pro.config import load
+from mobilellm_pro.config.job_config import Dataset
 from mobilellm_pro.convert.conversion import convert
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation import held_out as held_out_module
-from mobilellm_pro.evaluation.held_out import held_out
+from mobilellm_pro.evaluation.held_out import held_out, held_out_documents, held_out_settings
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.student import Student
-from tests.data.synthetic import DEBUG_TOKENIZER
+from tests.data.shard_files import write_labels_of
+from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora
 from tests.evaluation.test_needle import write_student
 from tests.training.small_world import SmallWorld
 
@@ -69,6 +71,29 @@ def test_masks_and_packing_of_the_job_do_not_matter(student: Path, world: SmallW
     other = ("--attention.student_mask", "causal", "--data.max_document_tokens", "20", "--data.packing", "best_fit",
              "--training.seq_len", "32", "--attention.positions", "reset")  # fmt: skip
     assert held_out(str(student), load(world.job, [*READ, *other])) == plain
+
+
+def test_clusters_and_the_dev_split(student: Path, world: SmallWorld, tmp_path: Path) -> None:
+    """Only the documents of the clusters that the job names, of the split that is asked for."""
+    folders = make_corpora(tmp_path, ("c",), dev=0.2)
+    corpus, dev = (Corpus.open(folders["c"], split) for split in ("valid", "dev"))
+    write_labels_of(folders["c"], [number % 2 for number in range(dev.num_documents)], 2, "dev")
+    config = load(world.job, READ)
+    config.data.datasets = [Dataset("odd", str(folders["c"]), 1.0, clusters=[1])]
+    tokenizer = Tokenizer.load(str(DEBUG_TOKENIZER))
+    settings = held_out_settings(config, "dev")
+    found = list(held_out_documents(settings, tokenizer))
+    lengths = dev.lengths(0, dev.num_documents).tolist()
+    expected = [dev.tokens(number, 0, min(lengths[number], 100)).tolist() for number in range(1, dev.num_documents, 2)]
+    assert [name for name, _ in found] == ["odd"] * len(expected) and [ids.tolist() for _, ids in found] == expected
+    result = held_out(str(student), config, split="dev")
+    assert result is not None and result["documents"] == len(expected) and result["settings"] == settings
+    config.data.datasets[0].clusters = None
+    assert "clusters" not in held_out_settings(config) and "split" not in held_out_settings(config)
+    whole = [ids for _, ids in held_out_documents(held_out_settings(config), tokenizer)]
+    assert sum(map(len, whole)) == min(800, int(corpus.lengths(0, corpus.num_documents).clip(max=100).sum()))
+    with pytest.raises(ValueError, match="the split 'dev' does not exist"):
+        held_out(str(student), load(world.job, READ), split="dev")
 
 
 def test_the_command_line(

@@ -21,6 +21,7 @@ from mobilellm_pro.evaluation.needle import greedy, needle, needle_score, run_ce
 from mobilellm_pro.evaluation.needle_grid import Grid
 from mobilellm_pro.evaluation.needle_haystack import Filler
 from mobilellm_pro.evaluation.needle_results import summary, table
+from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.hugging_face import hugging_face_name, student_config
 from mobilellm_pro.model.student import FLAVORS, Student
 from mobilellm_pro.model.teacher import Teacher
@@ -66,7 +67,7 @@ def test_the_command_line_end_to_end(folder: Path, tmp_path: Path, capsys: pytes
     assert all(len(cell["value"]) == 7 and 0 < cell["prompt_tokens"] <= cell["length"] - 16 for cell in result["cells"])
     assert result["settings"]["haystack"] == "generated" and (out / "needle.png").is_file()
     # The answers are those of the model without a cache and without batches.
-    student = needle_module.load_model(folder).model
+    student = load_model(folder).model
     grid = Grid(lengths=(200, 320), num_depths=3, num_needles=2)
 
     def whole(prompts: torch.Tensor, count: int) -> torch.Tensor:
@@ -228,7 +229,7 @@ def test_mistakes_are_named_before_anything_is_written(folder: Path, tmp_path: P
 
 def test_a_model_in_memory_is_scored(folder: Path) -> None:
     """As a trainer calls it: nothing is written, the mode stays, gradients are not touched."""
-    student = needle_module.load_model(folder).model.train().requires_grad_(True)
+    student = load_model(folder).model.train().requires_grad_(True)
     grid = Grid(lengths=(200, 320), num_depths=3, num_needles=2)
     scores = needle_score(student, TOKENIZER, grid=grid, batch=4)
     assert scores == summary(grid, list(run_cells(greedy(student, TOKENIZER), TOKENIZER, grid, grid.cells(), Filler())))
@@ -240,7 +241,7 @@ def score_sharded(folder: str) -> str:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    student = needle_module.load_model(folder).model
+    student = load_model(folder).model
     mesh = init_device_mesh("cpu", (1,))
     matrix = distribute_tensor(student.norm.weight.data, mesh, [Shard(0)])
     student.norm.weight = torch.nn.Parameter(matrix)

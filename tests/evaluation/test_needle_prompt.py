@@ -104,8 +104,8 @@ def test_a_length_that_holds_no_question_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": ()}, "lengths: 0 in the needle grid"),
-        ({"lengths": (200, 200)}, "names a length twice"),
+        ({"lengths": ()}, r"lengths: \[\] in the needle grid; expected positive numbers of tokens"),
+        ({"lengths": (200, 200)}, r"lengths: \[200, 200\] .* each once"),
         ({"num_depths": 0}, "depths: 0"),
         ({"num_needles": -1}, "needles: -1"),
         ({"answer_tokens": 0}, "answer_tokens: 0"),
