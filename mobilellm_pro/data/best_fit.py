@@ -12,6 +12,7 @@ the rows (`shuffle`).
     write_rows([(rows.corpus, rows.pieces(123_456))], input_BS, labels_BS, document_ids_BS)
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -30,7 +31,7 @@ class BestFitRows:
 
     def __init__(
         self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None,
-        min_document_tokens: int | None = None,
+        min_document_tokens: int | None = None, clusters: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -39,14 +40,16 @@ class BestFitRows:
             seed: any integer; the corpus name goes in too.
             max_document_tokens: read only the first so many tokens of every document.
             min_document_tokens: read only documents that have at least so many tokens on disk.
+            clusters: read only documents of these clusters (`clusters`); None: all documents.
 
         Raises:
-            ValueError: what is read of the corpus is smaller than one row; a number below 1; damaged files of an
-                earlier assignment.
+            ValueError: what is read of the corpus is smaller than one row; a number below 1; no such cluster; damaged
+                files of an earlier assignment.
         """
         check_positive(seq_len=seq_len)
         self.corpus, self.seq_len = corpus, seq_len
-        self._limits = DocumentLimits(min_document_tokens, max_document_tokens)
+        chosen = None if clusters is None else tuple(clusters)
+        self._limits = DocumentLimits(min_document_tokens, max_document_tokens, chosen)
         self._limits.check_row(corpus, seq_len, self._limits.num_tokens(corpus))
         self._assignment = RowAssignment.of(corpus, seq_len + 1, self._limits)
         size = self._assignment.num_rows
@@ -56,7 +59,7 @@ class BestFitRows:
     @property
     def options(self) -> str:
         """What differs from the default stream, in words."""
-        return ", ".join(filter(None, ("best_fit", self._limits.describe())))
+        return ", ".join(filter(None, ("best_fit", self._limits.describe(self.corpus))))
 
     @property
     def rows_per_epoch(self) -> float:

@@ -1,8 +1,11 @@
 """A file that several processes may write at once, of which only the first counts: shared settings of a folder."""
 
+import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_if_absent(path: Path, text: str, suffix: str = ".tmp") -> None:
@@ -29,3 +32,31 @@ def write_if_absent(path: Path, text: str, suffix: str = ".tmp") -> None:
         pass
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def agree_on_settings(path: Path, settings: Mapping[str, Any], *, said: str, cure: str, begin: bool = True) -> None:
+    """Notes what something is begun with, or compares with what stands there.
+
+    Args:
+        path: of the JSON file; its folder is made if need be.
+        settings: name -> JSON value.
+        said, cure: before and after the differences in the message.
+        begin: whether it begins now; else nothing is noted.
+
+    Raises:
+        ValueError: they differ; names each difference.
+    """
+    own = json.loads(json.dumps(settings))
+    if begin:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_if_absent(path, json.dumps(own, indent=2) + "\n")
+    elif not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    lines = [
+        f"  {key}: {found.get(key)!r} there, {own.get(key)!r} now"
+        for key in {**found, **own}
+        if found.get(key) != own.get(key)
+    ]
+    if lines:
+        raise ValueError("\n".join([f"{path}: {said}:", *lines, cure]))

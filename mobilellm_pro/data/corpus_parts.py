@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.clusters import remove_clusters
+from mobilellm_pro.data.dataset_config import DatasetConfig
 from mobilellm_pro.data.manifest import FILE as MANIFEST
 from mobilellm_pro.data.manifest import (
     Manifest,
@@ -27,25 +28,33 @@ from mobilellm_pro.data.manifest import (
     write_manifest,
 )
 from mobilellm_pro.data.shard_writer import full_disk_named
+from mobilellm_pro.data.source import Source
 from mobilellm_pro.data.source_records import corpus_sources, source_changes
 from mobilellm_pro.data.tokenizer import Tokenizer
 
-SPLITS = ("train", "valid")
+SPLITS = ("train", "valid", "dev")
 PLAN = "plan.json"
 PLAN_VERSION = 1
 PART_BYTES = 256 * 2**20
 """Sources are added to a part until they reach this: minutes of work, so a kill costs little and all cores are busy."""
 
 
-def split_of(key: str, holdout: float) -> str:
-    """ "valid" for a share `holdout` of all keys (`text_hash` of a document), else "train"."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "valid" if held_out(digest, holdout) else "train"
+def splits_of(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The splits that a corpus of these settings has; "dev" only where a share of the documents is asked for."""
+    return SPLITS if settings.get("dev") else SPLITS[:2]
 
 
-def held_out(digest: bytes, holdout: float) -> bool:
-    """Whether a digest of 8 bytes is among the share `holdout` of all that belong to "valid"."""
-    return int.from_bytes(digest, "big") < holdout * 2**64
+def split_of(key: str, holdout: float, dev: float = 0.0) -> str:
+    """The split of a key (`text_hash` of a document): "valid" for a share `holdout` of all keys, "dev" for `dev`."""
+    return split_of_digest(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), holdout, dev)
+
+
+def split_of_digest(digest: bytes, holdout: float, dev: float = 0.0) -> str:
+    """The split of a digest of 8 bytes: "valid" has the smallest of them, whatever "dev" takes beside it."""
+    number = int.from_bytes(digest, "big")
+    if number < holdout * 2**64:
+        return "valid"
+    return "dev" if number < (holdout + dev) * 2**64 else "train"
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,7 @@ def read_plan(folder: Path) -> Plan | None:
 def write_plan(folder: Path, plan: Plan) -> None:
     """Starts a corpus: removes what an outdated one left, the manifest first, and writes the plan."""
     (folder / MANIFEST).unlink(missing_ok=True)
+    remove_clusters(folder)
     (folder / PLAN).unlink(missing_ok=True)
     for pattern in ("part-[0-9]*", *(f"{split}-[0-9]*" for split in SPLITS)):
         for file in folder.glob(pattern):
@@ -196,8 +206,9 @@ def finish_corpus(folder: Path, plan: Plan) -> Manifest:
         ValueError: a record is damaged, or there is not one document in the corpus.
     """
     records = [read_part(folder, number) for number in range(len(plan.parts))]
-    shards = {split: [shard for record in records for shard in record.shards[split]] for split in SPLITS}
-    text_bytes = {split: sum(record.text_bytes[split] for record in records) for split in SPLITS}
+    splits = splits_of(plan.settings)
+    shards = {split: [shard for record in records for shard in record.shards[split]] for split in splits}
+    text_bytes = {split: sum(record.text_bytes[split] for record in records) for split in splits}
     skipped: dict[str, int] = {}
     for record in records:
         for reason, count in record.skipped.items():
@@ -231,8 +242,8 @@ def changes(made: Manifest | Plan, folder: Path, dataset: DatasetConfig, tokeniz
     Raises:
         FileNotFoundError, ValueError: from `DatasetConfig.sources`, when an unfinished corpus needs them.
     """
-    old = {**made.settings, "tokenizer": made.fingerprint[:12]}
-    new = {**plain_settings(dataset), "tokenizer": tokenizer.fingerprint[:12]}
+    old = {"dev": 0.0, **made.settings, "tokenizer": made.fingerprint[:12]}
+    new = {"dev": 0.0, **plain_settings(dataset), "tokenizer": tokenizer.fingerprint[:12]}
     found = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new[key]]
     if old.get("format") != new["format"] or old.get("source") != new["source"]:
         return found  # of course the sources are others

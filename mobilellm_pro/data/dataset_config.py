@@ -8,6 +8,11 @@
     format = "jsonl"                      # or parquet, folder, hub, megatron
     source = "data/wiki/*.jsonl.zst"      # a path, a pattern, or a list; relative to the working directory
     holdout = 0.01                        # share of documents for validation
+    dev = 0.01                            # and for choices, on which no report rests
+    clusters = 6                          # groups of documents, for `prepare --cluster`
+
+    [cluster]                             # how they are made, see `cluster_config`
+    features = "tfidf"
 
 All problems of a file are reported at once, each with its key and the nearest valid name. A key that the format does
 not read is a problem too: it would promise a filter that nobody applies.
@@ -17,12 +22,13 @@ import difflib
 import glob
 import re
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-if TYPE_CHECKING:
-    from mobilellm_pro.data.documents import Document
+from mobilellm_pro.data.cluster_config import MAX_CLUSTERS, ClusterConfig
+from mobilellm_pro.data.source import Document, Source
+from mobilellm_pro.repeated_names import repeated
 
 FORMATS = ("jsonl", "parquet", "folder", "hub", "megatron")
 # Keys that only some formats read; every other key belongs to all of them.
@@ -32,25 +38,6 @@ _READ_BY = {
     **dict.fromkeys(("min_chars", "bos", "eos"), _TEXT),
     **dict.fromkeys(("subset", "hub_split", "hub_files"), ("hub",)),
 }
-
-
-class Source(NamedTuple):
-    """The unit that is read, and resumed, as a whole.
-
-    Attributes:
-        name: the path, or for a Hugging Face dataset which part of it; unique within a dataset.
-        path: file, or folder for the format "folder"; None for a part of a Hugging Face dataset.
-        num_bytes: size on disk (all files of a folder), None where nobody tells.
-        shard, num_shards: which of how many data shards of the streaming dataset; num_shards is 0 for a file.
-        hub_name: the Hugging Face dataset that the shard belongs to.
-    """
-
-    name: str
-    path: Path | None
-    num_bytes: int | None
-    shard: int = 0
-    num_shards: int = 0
-    hub_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,8 @@ class DatasetConfig:
         hub_files: patterns of .jsonl[.gz|.zst] or .parquet files inside the dataset's repository, read instead of what
             `subset` and `hub_split` name: for datasets that were published with a loading script.
         holdout: share of documents that go to the split "valid", chosen by a hash of their text.
+        dev: share that goes to a third split "dev", by the same hash; "valid" is the same with and without it.
+        clusters: groups that `prepare --cluster` sorts the documents into; 0 leaves the corpus out.
         shard_tokens: a shard ends with the document that reaches so many tokens.
         min_chars: shorter documents are left out and counted.
         bos, eos: add the token at the begin and end of every document.
@@ -86,14 +75,18 @@ class DatasetConfig:
     hub_split: str = "train"
     hub_files: tuple[str, ...] = ()
     holdout: float = 0.01
+    dev: float = 0.0
+    clusters: int = 0
     shard_tokens: int = 500_000_000
     min_chars: int = 1
     bos: bool = True
     eos: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """The keys that decide about the tokens, as JSON values, for the manifest."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The keys that decide about the tokens, as JSON values, for the manifest; `dev` only where it is not 0."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        left_out = {"clusters"} if self.dev else {"clusters", "dev"}
+        return {key: value for key, value in values.items() if key not in left_out}
 
     def files(self) -> list[Path]:
         """Existing files (or folders) of `source`, patterns expanded in the order of the names; [] for "hub"."""
@@ -115,7 +108,7 @@ class DatasetConfig:
             return hub_sources(self)
         return [Source(str(path), path, _size(path)) for path in self.files()]
 
-    def rejects(self, document: "Document") -> str:
+    def rejects(self, document: Document) -> str:
         """Why the document stays out of the corpus: "short", "language", or "" when it belongs in."""
         if len(document.text) < self.min_chars or not document.text or document.text.isspace():
             return "short"
@@ -142,11 +135,12 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class DatasetsConfig:
-    """A whole `datasets.toml`: tokenizer source, output folder and the datasets."""
+    """A whole `datasets.toml`: tokenizer source, output folder, the datasets, and how documents are clustered."""
 
     tokenizer: str
     output: Path
     datasets: list[DatasetConfig]
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def load_datasets_config(path: str | Path) -> DatasetsConfig:
@@ -163,7 +157,7 @@ def load_datasets_config(path: str | Path) -> DatasetsConfig:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    problems = _unknown(content, ["tokenizer", "output", "dataset"], "")
+    problems = _unknown(content, ["tokenizer", "output", "dataset", "cluster"], "")
     for key in ("tokenizer", "output"):
         if not (isinstance(content.get(key), str) and content[key]):
             problems.append(f"{key}: expected a string, found {content.get(key)!r}")
@@ -172,12 +166,35 @@ def load_datasets_config(path: str | Path) -> DatasetsConfig:
         tables = []
         problems.append("dataset: expected at least one [[dataset]] table")
     datasets = [_dataset(table, f"dataset[{number}]", problems) for number, table in enumerate(tables)]
-    names = [table.get("name") for table in tables]
-    repeated = {str(name) for name in names if names.count(name) > 1 and name is not None}
-    problems += [f"dataset: the name {name!r} occurs twice" for name in sorted(repeated)]
+    names = [table["name"] for table in tables if isinstance(table.get("name"), str)]
+    problems += [f"dataset: the name {name!r} occurs twice" for name in repeated(names)]
+    cluster = _cluster(content.get("cluster", {}), problems)
+    problems += [
+        f"dataset[{number}].clusters: more than cluster.{key} = {getattr(cluster, key)}: raise that or lower this"
+        for number, dataset in enumerate(datasets)
+        for key in ("batch_documents", "fit_documents")
+        if dataset and dataset.clusters > getattr(cluster, key)
+    ]
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return DatasetsConfig(content["tokenizer"], Path(content["output"]), [item for item in datasets if item])
+    return DatasetsConfig(content["tokenizer"], Path(content["output"]), [item for item in datasets if item], cluster)
+
+
+def _cluster(table: Any, problems: list[str]) -> ClusterConfig:
+    """The table as settings; the defaults after adding to `problems`."""
+    if not isinstance(table, dict):
+        problems.append(f"cluster: expected a table, found {table!r}")
+        return ClusterConfig()
+    types: dict[str, Any] = {item.name: item.type for item in fields(ClusterConfig)}
+    found = _unknown(table, list(types), "cluster.")
+    found += [
+        f"cluster.{key}: expected {types[key].__name__}, found {value!r}"
+        for key, value in table.items()
+        if key in types and not _fits(value, types[key])
+    ]
+    found = found or [f"cluster.{problem}" for problem in ClusterConfig(**table).problems()]
+    problems += found
+    return ClusterConfig() if found else ClusterConfig(**table)
 
 
 def _dataset(table: dict[str, Any], where: str, problems: list[str]) -> DatasetConfig | None:
@@ -218,6 +235,8 @@ def _ranges(values: dict[str, Any], where: str) -> list[str]:
         "text_column": (bool, "the name of a column"),
         "hub_split": (bool, "the name of a split"),
         "holdout": (lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+        "dev": (lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+        "clusters": (lambda v: 0 <= v <= MAX_CLUSTERS and v != 1, f"0, or 2 to {MAX_CLUSTERS}"),
         "shard_tokens": (lambda v: v >= 1, "at least 1"),
         "min_chars": (lambda v: v >= 0, "at least 0"),
     }
@@ -236,6 +255,9 @@ def _conflicts(values: dict[str, Any], where: str) -> list[str]:
         for key in values
         if format not in _READ_BY.get(key, FORMATS)
     ]
+    held_out = values.get("holdout", DatasetConfig.holdout) + values.get("dev", DatasetConfig.dev)
+    if held_out >= 1:
+        problems.append(f"{where}.dev: with holdout it takes {held_out:g} of the documents, expected below 1 together")
     if values.get("languages") and not values.get("language_column"):
         problems.append(f"{where}.languages: needs language_column, the column that names a document's language")
     if "hub_files" in values:

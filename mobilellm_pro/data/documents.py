@@ -16,29 +16,14 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source, folder_files
+from mobilellm_pro.data.dataset_config import DatasetConfig, folder_files
 from mobilellm_pro.data.hub_records import HUB_FILE_PREFIX, hub_records
+from mobilellm_pro.data.source import Document, Source
 
 _BUFFER_BYTES = 1 << 20
 _PARQUET_ROWS = 64  # rows in memory at a time: some corpora have documents of megabytes
-
-
-class Document(NamedTuple):
-    """One document.
-
-    Attributes:
-        id: names it in messages.
-        text: all of it.
-        language: what the language column says, "" without one.
-        position: bytes of the source consumed so far (compressed ones of a packed file), 0 where nobody tells.
-    """
-
-    id: str
-    text: str
-    language: str = ""
-    position: int = 0
 
 
 def read_documents(dataset: DatasetConfig, source: Source) -> Iterator[Document]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.dataset_config import DatasetConfig
+from mobilellm_pro.data.source import Source
 
 HUB_FILE_PREFIX = "hf://"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mobilellm_pro.data.corpus_parts import PLAN, SPLITS, Plan, read_part, read_plan
+from mobilellm_pro.data.clusters import REPORT, read_clusters
+from mobilellm_pro.data.corpus_parts import PLAN, Plan, read_part, read_plan
 from mobilellm_pro.data.manifest import FILE as MANIFEST
 from mobilellm_pro.data.manifest import read_manifest
 from mobilellm_pro.data.shards import Corpus
@@ -72,7 +73,7 @@ def length_quantiles(corpus: Corpus, quantiles: tuple[float, ...] = QUANTILES) -
 def _print_unfinished(folder: Path, plan: Plan) -> None:
     missing = set(plan.missing_parts(folder))
     done = [read_part(folder, number) for number in range(len(plan.parts)) if number not in missing]
-    shards = [shard for record in done for split in SPLITS for shard in record.shards[split]]
+    shards = [shard for record in done for records in record.shards.values() for shard in records]
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
     print(
         f"{folder}: unfinished, {len(done)} of {len(plan.parts)} parts done ({documents} documents, {tokens} tokens); "
@@ -83,13 +84,18 @@ def _print_unfinished(folder: Path, plan: Plan) -> None:
 def _print_corpus(folder: Path, samples: int, verify: bool) -> None:
     manifest = read_manifest(folder)
     print(f"{folder}: {manifest.vocab_size} ids of {manifest.tokenizer}, {manifest.skipped_counts()}")
-    for split in (split for split in SPLITS if manifest.shards.get(split)):
+    record = read_clusters(folder)
+    if record is not None:
+        print(f"  {record.sizes()}, described in {REPORT}")
+    for split in (split for split, shards in manifest.shards.items() if shards):
         corpus = Corpus.open(folder, split)
         if verify:
             files = [folder / f"{shard.name}{end}" for shard in manifest.shards[split] for end in (".bin", ".idx")]
             total = sum(file.stat().st_size for file in files)
             with tqdm(total=total, desc=f"{folder.name} {split}", unit="B", unit_scale=True, disable=None) as bar:
                 corpus.verify(bar.update)
+            if record is not None:
+                assert corpus.clusters.number, "opening them checks them"
         _print_split(corpus, verify)
         _print_samples(corpus, samples)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord, held_out
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord, split_of_digest, splits_of
+from mobilellm_pro.data.dataset_config import DatasetConfig
 from mobilellm_pro.data.manifest import ShardRecord, file_sha256
 from mobilellm_pro.data.shard_index import (
     DTYPE_OF_CODE,
@@ -28,6 +28,7 @@ from mobilellm_pro.data.shard_index import (
     write_index,
 )
 from mobilellm_pro.data.shard_writer import flush_to_disk, full_disk_named
+from mobilellm_pro.data.source import Source
 from mobilellm_pro.data.source_records import source_mtime, source_record
 from mobilellm_pro.data.text_parts import ReportProgress
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -61,9 +62,9 @@ class MegatronIndex:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What reading the ids has shown: held out or not, and bytes of text, per document; the largest id of all."""
+    """What reading the ids has shown: number of the split and bytes of text, per document; the largest id of all."""
 
-    valid: np.ndarray
+    split: np.ndarray
     text_bytes: np.ndarray
     max_id: int
 
@@ -75,7 +76,7 @@ def adopt_part(
     """Writes the indexes of a part; its record is the caller's to write.
 
     Args:
-        dataset: gives the holdout.
+        dataset: gives the shares that are held out.
         sources: `.idx` files.
         folder: of the corpus.
         number: of the part.
@@ -86,18 +87,19 @@ def adopt_part(
         FileNotFoundError: an `.idx` or its `.bin` does not exist.
         ValueError: a damaged index, ids of another type, an id outside the vocabulary, or a full disk.
     """
-    shards: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
-    text_bytes, empty, records = dict.fromkeys(SPLITS, 0), 0, []
+    splits = splits_of(dataset.settings())
+    shards: dict[str, list[ShardRecord]] = {split: [] for split in splits}
+    text_bytes, empty, records = dict.fromkeys(splits, 0), 0, []
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         assert source.path is not None
         mtime = source_mtime(source)
         index = read_megatron_index(source.path)
-        scan = _scan(index, tokenizer, dataset.holdout)
+        scan = _scan(index, tokenizer, dataset)
         digest = file_sha256(index.binary)
         empty += int(np.count_nonzero(index.lengths == 0))
-        for split in SPLITS:
-            chosen = (index.lengths > 0) & (scan.valid == (split == "valid"))
+        for split in splits:
+            chosen = (index.lengths > 0) & (scan.split == SPLITS.index(split))
             text_bytes[split] += int(scan.text_bytes[chosen].sum())
             if chosen.any():
                 name = f"{split}-{number:05d}-{len(shards[split]):03d}"
@@ -193,10 +195,10 @@ def _document_of(sequence: int, first: np.ndarray) -> int:
     return int(np.searchsorted(first, sequence, side="right")) - 1
 
 
-def _scan(index: MegatronIndex, tokenizer: Tokenizer, holdout: float) -> _Scan:
+def _scan(index: MegatronIndex, tokenizer: Tokenizer, dataset: DatasetConfig) -> _Scan:
     """Reads all documents, in blocks of at most _BLOCK_TOKENS."""
     ids = map_array(index.binary, index.dtype)
-    valid = np.zeros(len(index.lengths), dtype=bool)
+    split = np.zeros(len(index.lengths), dtype=np.int8)
     text_bytes, max_id = np.zeros(len(index.lengths), dtype=np.int64), -1
     for documents in _groups(index):
         begin, end = int(index.starts[documents[0]]), int(index.starts[documents[-1]] + index.lengths[documents[-1]])
@@ -212,8 +214,9 @@ def _scan(index: MegatronIndex, tokenizer: Tokenizer, holdout: float) -> _Scan:
                 digests = [hashlib.blake2b(part.data, digest_size=8) for part in np.split(block, offsets[1:])]
         if len(documents) == 1:
             digests = [alone]
-        valid[documents] = [held_out(digest.digest(), holdout) for digest in digests]
-    return _Scan(valid, text_bytes, max_id)
+        names = (split_of_digest(digest.digest(), dataset.holdout, dataset.dev) for digest in digests)
+        split[documents] = [SPLITS.index(name) for name in names]
+    return _Scan(split, text_bytes, max_id)
 
 
 def _groups(index: MegatronIndex) -> Iterator[np.ndarray]:

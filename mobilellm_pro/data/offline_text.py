@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mobilellm_pro.atomic_file import replacement
+
 Records = Iterator[tuple[str, str]]  # (id, text)
 
 
@@ -70,11 +72,10 @@ def fetch_offline_text(folder: str | Path) -> None:
 
 
 def _write_domain(source: Source, unpacked: Path, path: Path) -> None:
-    """Writes all records to a temporary name, then renames: a file that exists is complete."""
+    """Writes all records by rename: a file that exists is complete."""
     seen: set[bytes] = set()
-    temporary = path.with_name(path.name + ".tmp")
     # mtime=0 and no name in the header: equal text gives equal bytes, whenever and wherever it was fetched.
-    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
+    with replacement(path) as temporary, temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
         with tqdm(desc=source.domain, unit="B", unit_scale=True, disable=None) as bar:
             for record_id, text in source.read(unpacked):
                 text = text.strip()
@@ -85,7 +86,6 @@ def _write_domain(source: Source, unpacked: Path, path: Path) -> None:
                 line = json.dumps({"id": f"{source.domain}/{record_id}", "text": text}, ensure_ascii=False)
                 out.write(line.encode("utf-8", "replace") + b"\n")
                 bar.update(len(line))
-    os.replace(temporary, path)
 
 
 def _measure(path: Path) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class CorpusStream:
 
     def __init__(
         self, corpus: Corpus, *, seq_len: int, seed: int, max_document_tokens: int | None = None,
-        min_document_tokens: int | None = None,
+        min_document_tokens: int | None = None, clusters: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -68,13 +68,15 @@ class CorpusStream:
             seed: any integer; the corpus name goes in too, so that equal corpora under two names differ in order.
             max_document_tokens: read only the first so many tokens of every document.
             min_document_tokens: read only documents that have at least so many tokens on disk.
+            clusters: read only documents of these clusters (`clusters`); None: all documents.
 
         Raises:
-            ValueError: what is read of the corpus is smaller than one row; a number below 1.
+            ValueError: what is read of the corpus is smaller than one row; a number below 1; no such cluster.
         """
         check_positive(seq_len=seq_len)
         self.corpus, self.seq_len = corpus, seq_len
-        self._limits = DocumentLimits(min_document_tokens, max_document_tokens)
+        chosen = None if clusters is None else tuple(clusters)
+        self._limits = DocumentLimits(min_document_tokens, max_document_tokens, chosen)
         self._key = hash_key(seed, corpus.name)
         self._groups: Recent[_Group] = Recent(_CACHED_GROUPS)
         limited = self._limits != NO_LIMITS and corpus.num_documents > 0
@@ -84,7 +86,7 @@ class CorpusStream:
     @property
     def options(self) -> str:
         """What differs from the defaults, in words; it changes what the rows hold."""
-        return self._limits.describe()
+        return self._limits.describe(self.corpus)
 
     @property
     def rows_per_epoch(self) -> float:
@@ -126,7 +128,7 @@ class CorpusStream:
     def _lay_out(self, epoch: int, group: int) -> _Group:
         documents = self._shuffle.items(epoch, group)
         shards, begins, lengths = self.corpus.locate(documents)
-        counts = self._limits.apply(lengths)
+        counts = self._limits.apply(self.corpus, documents, lengths)
         if not counts.all():  # neither empty documents nor those left out
             read = counts > 0
             documents, shards, begins, counts = documents[read], shards[read], begins[read], counts[read]

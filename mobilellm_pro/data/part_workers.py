@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mobilellm_pro.data.corpus_parts import remove_part, write_part
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.dataset_config import DatasetConfig
 from mobilellm_pro.data.megatron import adopt_part
+from mobilellm_pro.data.source import Source
 from mobilellm_pro.data.text_parts import tokenize_part
 from mobilellm_pro.data.tokenizer import Tokenizer
 

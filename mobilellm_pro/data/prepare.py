@@ -4,9 +4,9 @@ A corpus is made in parts (`corpus_parts`), each of them by one process from beg
 text, `megatron` adopts shards that others made. The parts of all corpora share one pool of processes, nothing passes
 between them but counts, and the result does not depend on their number. A part counts from the moment its record is
 there, so a killed run continues where it was. Neither the order of the input nor a new file in it moves a document
-between "train" and "valid".
+between "train", "valid" and "dev".
 
-    mobilellm-pro prepare train_configs/debug/datasets.toml
+    mobilellm-pro prepare train_configs/debug/datasets.toml --cluster
     mobilellm-pro inspect outputs/debug/tokens
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mobilellm_pro.data.clustering import cluster_corpora, cluster_problems
 from mobilellm_pro.data.corpus_parts import (
     PART_BYTES,
     Plan,
@@ -60,19 +61,26 @@ class _Corpus:
     begun: float = math.inf
 
 
-def prepare(datasets_toml: str | Path, *, overwrite: bool = False, workers: int | None = None) -> None:
+def prepare(
+    datasets_toml: str | Path, *, overwrite: bool = False, workers: int | None = None, cluster: bool = False
+) -> None:
     """Makes the token shards of every dataset of a `datasets.toml`; what is finished is skipped.
 
     Args:
         datasets_toml: the TOML file, see `dataset_config`.
         overwrite: make corpora afresh whose settings, tokenizer or sources have changed, instead of refusing.
         workers: cores to use, for processes and the threads in them; None takes all, 0 works in this process.
+        cluster: then also sort the documents into as many clusters as a dataset says, for jobs that read some of them
+            only; a page beside each corpus describes its clusters.
 
     Raises:
         FileNotFoundError: the TOML, the tokenizer or a source does not exist.
-        ValueError: a mistake in the TOML or in the text, a full disk, or a corpus made or begun with other settings.
+        ValueError: a mistake in the TOML or in the text, a full disk, or a corpus made, begun or clustered with other
+            settings.
     """
     config = load_datasets_config(datasets_toml)
+    if cluster and (found_problems := cluster_problems(config)):
+        raise ValueError("\n".join(f"{datasets_toml}: {problem}" for problem in found_problems))
     tokenizer = Tokenizer.load(config.tokenizer)
     if workers is not None and workers < 0:
         raise ValueError(f"workers = {workers}: expected at least 0")
@@ -86,6 +94,8 @@ def prepare(datasets_toml: str | Path, *, overwrite: bool = False, workers: int 
             if plan is None and (unmatched := dataset.unmatched()):
                 raise FileNotFoundError(f"{datasets_toml}: dataset {dataset.name!r}: no file matches {unmatched}")
         _make_corpora([_begin(*item, tokenizer) for item in waiting], tokenizer, workers)
+        if cluster:
+            cluster_corpora(config, tokenizer, overwrite=overwrite, workers=workers)
 
 
 def _made_so_far(dataset: DatasetConfig, folder: Path, tokenizer: Tokenizer, overwrite: bool) -> Manifest | Plan | None:
@@ -156,7 +166,7 @@ def _finish(corpus: _Corpus) -> None:
     megabytes, seconds = corpus.text_bytes / 1e6, max(time.monotonic() - corpus.begun, 0.0)
     tqdm.write(
         f"{corpus.dataset.name:<13} {manifest.split_sizes()}, {manifest.skipped_counts()}, "
-        f"{manifest.tokens('train') + manifest.tokens('valid')} tokens, {megabytes:.1f} MB in {seconds:.1f} s "
+        f"{sum(map(manifest.tokens, manifest.shards))} tokens, {megabytes:.1f} MB in {seconds:.1f} s "
         f"({megabytes / max(seconds, 1e-9):.1f} MB/s)"
     )
 

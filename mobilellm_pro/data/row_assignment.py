@@ -58,9 +58,14 @@ class RowAssignment:
         Raises:
             ValueError: damaged files.
         """
-        digest = hashlib.sha256((corpus.folder / manifest.FILE).read_bytes() + b"%d" % _VERSION).hexdigest()[:16]
-        shortest = "" if limits.min_document_tokens is None else f"_of_{limits.min_document_tokens}"
-        stem = f"best_fit-{corpus.split}-{capacity - 1}-{limits.max_document_tokens or 'whole'}{shortest}-"
+        made_of, chosen = (corpus.folder / manifest.FILE).read_bytes() + b"%d" % _VERSION, ""
+        if limits.min_document_tokens is not None:
+            chosen += f"_of_{limits.min_document_tokens}"
+        if limits.clusters is not None:
+            made_of += corpus.clusters.content.encode()
+            chosen += "_in_" + hashlib.sha256(repr(sorted(limits.clusters)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(made_of).hexdigest()[:16]
+        stem = f"best_fit-{corpus.split}-{capacity - 1}-{limits.max_document_tokens or 'whole'}{chosen}-"
         files = corpus.folder / f"{stem}{digest}.pieces.npy", corpus.folder / f"{stem}{digest}.rows.npy"
         if all(file.exists() for file in files):
             return cls.read(*files)
@@ -116,17 +121,17 @@ def assign(
 def _windows(corpus: Corpus, limits: DocumentLimits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents and their lengths, int64 [documents] each, enough of them for little padding: one window at a time.
 
-    Without a least length a window is WINDOW_DOCUMENTS neighbours. With one it grows until so many are left in it.
+    Where none is left out a window is WINDOW_DOCUMENTS neighbours, else it grows until so many are left in it.
     """
-    size, least = corpus.num_documents, limits.min_document_tokens
+    size = corpus.num_documents
     held: list[tuple[np.ndarray, np.ndarray]] = []
     num_held = 0
     with tqdm(total=size, desc=f"packing {corpus.name}", unit=" documents", unit_scale=True, delay=2) as bar:
         for first in range(0, size, WINDOW_DOCUMENTS):
             documents = np.arange(first, min(first + WINDOW_DOCUMENTS, size))
-            lengths = limits.apply(corpus.lengths(first, first + len(documents)))
+            lengths = limits.lengths(corpus, first, first + len(documents))
             bar.update(len(documents))
-            if least is not None:
+            if limits.leaves_out:
                 documents, lengths = documents[lengths > 0], lengths[lengths > 0]
             if len(documents):
                 held.append((documents, lengths))

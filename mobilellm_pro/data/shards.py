@@ -1,8 +1,8 @@
 """Token shards on disk, in the indexed format of Megatron-LM (`shard_index`), read through memory maps.
 
-A corpus is a folder of shards per split ("train", "valid") and a `manifest.json`, which is written last: a folder with
-a manifest is complete. Documents are numbered through all shards of a split. Nothing that grows with the number of
-documents is held in memory.
+A corpus is a folder of shards per split ("train", "valid" and, where it was asked for, "dev") and a `manifest.json`,
+which is written last: a folder with a manifest is complete. Documents are numbered through all shards of a split.
+Nothing that grows with the number of documents is held in memory.
 
     corpus = Corpus.open("outputs/debug/tokens/code", "train")
     ids = corpus.tokens(0, 0, int(corpus.lengths(0, 1)[0]))
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mobilellm_pro.data.clusters import DocumentClusters, open_clusters
 from mobilellm_pro.data.manifest import Manifest, ShardRecord, read_manifest
 from mobilellm_pro.data.shard_index import REMAKE, ShardIndex
 
@@ -39,7 +40,7 @@ class Corpus:
     def __init__(self, folder: Path, split: str, manifest: Manifest, vocab_size: int, check_index: bool) -> None:
         """Opens the shards that the manifest lists; call `Corpus.open`."""
         self.folder, self.split, self.manifest, self.name = folder, split, manifest, folder.name
-        self.vocab_size = vocab_size
+        self.vocab_size, self._check = vocab_size, check_index
         self.num_documents, self.num_tokens = manifest.documents(split), manifest.tokens(split)
         records = manifest.shards[split]
         _allow_many_files()
@@ -64,7 +65,7 @@ class Corpus:
 
         Args:
             folder: made by `prepare`.
-            split: "train" or "valid".
+            split: "train", "valid" or "dev".
             vocab_size: ids that the model knows; a corpus with a larger id is refused.
             fingerprint: of the tokenizer in use; a corpus of another tokenizer is refused.
             check_index: compare every document with the size of its `.bin`, and the sums with the manifest (about
@@ -77,9 +78,11 @@ class Corpus:
         """
         manifest = read_manifest(Path(folder))
         if not manifest.shards.get(split):
+            share = "dev" if split == "dev" else "holdout"
+            state = "is empty" if split in manifest.shards else "does not exist"
             raise ValueError(
-                f"{folder}: the split {split!r} is empty (splits: {manifest.split_sizes()}): "
-                "raise `holdout` or give more text, and prepare again"
+                f"{folder}: the split {split!r} {state} (splits: {manifest.split_sizes()}): raise `{share}` of this "
+                "dataset in its datasets.toml or give more text, and prepare again"
             )
         if fingerprint not in (None, manifest.fingerprint):
             raise ValueError(
@@ -113,6 +116,15 @@ class Corpus:
         records = self.manifest.shards[self.split]
         digest = hashlib.sha256("".join(record.bin_sha256 + record.idx_sha256 for record in records).encode())
         return digest.hexdigest()[:8]
+
+    @cached_property
+    def clusters(self) -> DocumentClusters:
+        """To which cluster each document belongs; read when it is asked for.
+
+        Raises:
+            ValueError: the corpus has no clusters, those of other documents, or damaged ones.
+        """
+        return open_clusters(self.folder, self.split, self.content, self.num_documents, check=self._check)
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where documents lie; reads three entries of the index each.

@@ -8,8 +8,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source, folder_files
+from mobilellm_pro.data.dataset_config import DatasetConfig, folder_files
 from mobilellm_pro.data.manifest import file_sha256
+from mobilellm_pro.data.source import Source
 
 
 def corpus_sources(dataset: DatasetConfig) -> list[Source]:

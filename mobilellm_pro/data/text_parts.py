@@ -8,15 +8,17 @@ number of threads nor on that of processes. Every document becomes bos + ids + e
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mobilellm_pro.data.corpus_parts import SPLITS, PartRecord, split_of
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
-from mobilellm_pro.data.documents import Document, read_documents, text_hash
+from mobilellm_pro.data.corpus_parts import PartRecord, split_of, splits_of
+from mobilellm_pro.data.dataset_config import DatasetConfig
+from mobilellm_pro.data.documents import read_documents, text_hash
 from mobilellm_pro.data.shard_writer import ShardWriter
+from mobilellm_pro.data.source import Document, Source
 from mobilellm_pro.data.source_records import source_mtime, source_record
 from mobilellm_pro.data.tokenizer import Tokenizer
 
@@ -49,7 +51,7 @@ def tokenize_part(
     """Makes the shards of a part; its record is the caller's to write.
 
     Args:
-        dataset: format, filters, holdout, bos and eos.
+        dataset: format, filters, holdout, dev, bos and eos.
         sources: of this part.
         folder: of the corpus.
         number: of the part.
@@ -64,17 +66,18 @@ def tokenize_part(
     mtimes = [source_mtime(source) for source in sources]
     bos = np.array([tokenizer.bos_id] if dataset.bos else [], dtype=np.int32)
     eos = np.array([tokenizer.eos_id] if dataset.eos else [], dtype=np.int32)
-    text_bytes, skipped = dict.fromkeys(SPLITS, 0), Counter[str]()
+    splits = splits_of(dataset.settings())
+    text_bytes, skipped = dict.fromkeys(splits, 0), Counter[str]()
 
     def encode(batch: _Batch) -> list[np.ndarray]:
         return [tokenizer.encode_piece(piece.text) for piece in batch.pieces]
 
     options = {"shard_tokens": dataset.shard_tokens, "part": number}
-    with ShardWriter(folder, "train", **options) as train, ShardWriter(folder, "valid", **options) as valid:
-        writers = {"train": train, "valid": valid}
+    with ExitStack() as open_writers:
+        writers = {split: open_writers.enter_context(ShardWriter(folder, split, **options)) for split in splits}
         batches = _batches(dataset, sources, tokenizer, skipped)
         for batch, encoded in _in_order(encode, batches, threads):
-            sizes = dict.fromkeys(SPLITS, 0)
+            sizes = dict.fromkeys(splits, 0)
             for piece, ids in zip(batch.pieces, encoded, strict=True):
                 _write(writers[piece.split], piece, ids, bos, eos)
                 sizes[piece.split] += _utf8_bytes(piece.text)
@@ -108,7 +111,7 @@ def _batches(
             if reason:
                 skipped[reason] += 1
             else:
-                for piece in _pieces(document, dataset.holdout, tokenizer):
+                for piece in _pieces(document, dataset, tokenizer):
                     pieces.append(piece)
                     chars += len(piece.text)
                     if chars >= _BATCH_CHARS:
@@ -121,8 +124,9 @@ def _batches(
     yield _Batch(pieces, read)
 
 
-def _pieces(document: Document, holdout: float, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    split = split_of(text_hash(document.text), holdout)  # by text: copies under several ids stay on one side
+def _pieces(document: Document, dataset: DatasetConfig, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    # By text: copies under several ids stay on one side.
+    split = split_of(text_hash(document.text), dataset.holdout, dataset.dev)
     texts = tokenizer.encode_pieces(document.text)
     text, first = next(texts, ""), True
     for following in texts:

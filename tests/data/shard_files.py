@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mobilellm_pro.data.clusters import Cluster, ClusterRecord, label_type, write_clusters, write_labels
 from mobilellm_pro.data.manifest import Manifest, ShardRecord, file_sha256, write_manifest
 from mobilellm_pro.data.shard_index import write_index
+from mobilellm_pro.data.shards import Corpus
 
 
 def write_corpus(
@@ -37,3 +39,10 @@ def random_documents(count: int, longest: int, *, seed: int = 0, vocab_size: int
     """Documents of 0 to `longest` tokens; ids are random, so that a misplaced token is seen."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab_size, rng.integers(0, longest + 1)).tolist() for _ in range(count)]
+
+
+def write_labels_of(folder: Path, labels: list[int], number: int, split: str = "train") -> None:
+    """Gives the documents of a split clusters, as `prepare --cluster` would."""
+    content = {split: Corpus.open(folder, split).content}
+    files = write_labels(folder, {split: np.array(labels, dtype=label_type(number))})
+    write_clusters(folder, ClusterRecord({}, content, files, [Cluster({}, {}, [], []) for _ in range(number)]))

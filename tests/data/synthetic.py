@@ -25,6 +25,7 @@ def make_corpora(
     documents: int = 150,
     sentences: int = 8,
     holdout: float = 0.1,
+    dev: float = 0.0,
     shard_tokens: int = 5_000,
     seed: int = 0,
 ) -> dict[str, Path]:
@@ -35,7 +36,7 @@ def make_corpora(
         names: of the corpora.
         documents: of each corpus, both splits together.
         sentences: of the longest document; lengths vary from one sentence on, about 9 tokens each.
-        holdout: share of documents in the split "valid".
+        holdout, dev: shares of documents in the splits "valid" and "dev".
         shard_tokens: small by default, so that a corpus has several shards.
         seed: equal arguments give equal files.
 
@@ -51,7 +52,7 @@ def make_corpora(
             for i in range(documents)
         ]
         (text / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    prepare(write_toml(folder, names, holdout=holdout, shard_tokens=shard_tokens), workers=0)
+    prepare(write_toml(folder, names, holdout=holdout, dev=dev, shard_tokens=shard_tokens), workers=0)
     return {name: folder / "tokens" / name for name in names}
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source, load_datasets_config
-from mobilellm_pro.data.documents import Document
+from mobilellm_pro.data.dataset_config import DatasetConfig, load_datasets_config
+from mobilellm_pro.data.source import Document, Source
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +78,9 @@ def test_keys_that_a_format_does_not_read(tmp_path: Path, format: str, key: str)
     [
         ('languages = ["en"]', "languages: needs language_column"),
         ('format = "hub"\nsubset = "x"\nhub_files = "y"', "subset: not read beside hub_files"),
+        ("holdout = 0.5\ndev = 0.5", "dev: with holdout it takes 1 of the documents, expected below 1 together"),
+        ("dev = -0.1", "dev: expected a share of at least 0 and below 1, found -0.1"),
+        ("clusters = 1", "clusters: expected 0, or 2 to 65536, found 1"),
         ('text_column = ""', "text_column: expected the name of a column"),
         ('language_column = "l"\nlanguages = [1]', "languages: expected a list of strings"),
     ],
@@ -90,6 +93,7 @@ def test_keys_that_do_not_fit_together(tmp_path: Path, keys: str, message: str):
 def test_settings_are_json_values(tmp_path: Path):
     (dataset,) = load(tmp_path, 'name = "a"\nsource = ["x"]\nlanguage_column = "l"\nlanguages = ["en", "de"]')
     settings = dataset.settings()
+    assert not {"dev", "clusters"} & set(settings), "clusters change no token, nor does a dev of 0"
     assert (settings["source"], settings["languages"], settings["hub_split"]) == (["x"], ["en", "de"], "train")
 
 

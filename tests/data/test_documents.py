@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
-from mobilellm_pro.data.documents import Document, read_documents, text_hash
+from mobilellm_pro.data.dataset_config import DatasetConfig
+from mobilellm_pro.data.documents import read_documents, text_hash
+from mobilellm_pro.data.source import Document, Source
 
 pyarrow = pytest.importorskip("pyarrow", reason="reads parquet and Zstandard")
 ROWS = [{"name": 1, "body": "one", "lang": "en"}, {"name": 2, "body": "zwei ü\u2028", "lang": None}]

@@ -96,6 +96,17 @@ def test_the_split_depends_on_the_ids_alone(tmp_path: Path):
     assert found[0] == found[1] == found[2]
 
 
+def test_a_third_split_takes_nothing_from_the_second(tmp_path: Path):
+    """By the rule that text follows, with the ids in its place."""
+    (tmp_path / "without").mkdir()
+    without = adopt(tmp_path / "without", ASSETS / "core_int32.idx")
+    folder = adopt(tmp_path, ASSETS / "core_int32.idx", dev=0.3)
+    assert documents_of(folder, "valid") == documents_of(without, "valid")
+    train, dev = documents_of(folder, "train"), documents_of(folder, "dev")
+    assert dev and train and sorted(train + dev) == sorted(documents_of(without, "train"))
+    Corpus.open(folder, "dev").verify()
+
+
 def test_small_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "small").mkdir()
     whole = adopt(tmp_path, ASSETS / "core_int32.idx")

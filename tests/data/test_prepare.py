@@ -17,12 +17,13 @@ import pytest
 
 from mobilellm_pro.data import part_workers, text_parts
 from mobilellm_pro.data.corpus_parts import make_plan, only_one, split_of
-from mobilellm_pro.data.dataset_config import DatasetConfig, Source
+from mobilellm_pro.data.dataset_config import DatasetConfig
 from mobilellm_pro.data.documents import text_hash
 from mobilellm_pro.data.manifest import read_manifest, write_manifest
 from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.data.shard_writer import ShardWriter
 from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data.source import Source
 from mobilellm_pro.data.tokenizer import Tokenizer
 from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora, write_text, write_toml
 
@@ -70,6 +71,34 @@ def test_no_copy_of_a_held_out_text_is_trained_on(tmp_path: Path):
     prepare(write_toml(tmp_path, ("a",), holdout=0.3), workers=0)
     train, valid = (set(decoded(tmp_path / "tokens/a", split)) for split in ("train", "valid"))
     assert train and valid and not train & valid and len(train | valid) == 20
+
+
+def test_a_third_split_takes_nothing_from_the_second(tmp_path: Path):
+    """With dev, "valid" is the same to the byte; "dev" is what "train" loses; without it nothing is new."""
+    texts = {f"id{i}": f"text {i % 200}" for i in range(300)}
+    for name, dev in (("without", 0.0), ("with", 0.2)):
+        write_text(tmp_path / name, texts)
+        prepare(write_toml(tmp_path / name, ("a",), holdout=0.2, **({"dev": dev} if dev else {})), workers=0)
+    without, folder = (tmp_path / name / "tokens/a" for name in ("without", "with"))
+    before, after = all_bytes(without), all_bytes(folder)
+    assert {name for name in after if name not in before} == {"dev-00000-000.bin", "dev-00000-000.idx"}
+    assert all(before[name] == after[name] for name in before if name.startswith("valid"))
+    train, valid, dev = (decoded(folder, split) for split in ("train", "valid", "dev"))
+    assert (
+        sorted(train + dev) == sorted(decoded(without, "train"))
+        and not set(train) & set(dev)
+        and not set(valid) & set(dev)
+    )
+    assert 20 < len(dev) < 100 and read_manifest(folder).text_bytes["dev"] == sum(len(text) - 32 for text in dev)
+    assert "dev" not in (without / "manifest.json").read_text()
+    with pytest.raises(ValueError, match=r"the split 'dev' does not exist \(.*\): raise `dev` of this dataset"):
+        Corpus.open(without, "dev")
+    write_toml(tmp_path / "without", ("a",), holdout=0.2, dev=0.1)
+    with pytest.raises(ValueError, match=r"a was prepared differently: dev was 0\.0, now 0\.1\. Delete the folder"):
+        prepare(tmp_path / "without/datasets.toml", workers=0)
+    write_toml(tmp_path / "with", ("a",), holdout=0.2)
+    with pytest.raises(ValueError, match=r"a was prepared differently: dev was 0\.2, now 0\.0\. Delete the folder"):
+        prepare(tmp_path / "with/datasets.toml", workers=0)
 
 
 def test_another_run_is_noticed_before_looking_at_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
