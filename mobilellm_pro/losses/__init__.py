@@ -11,7 +11,7 @@ from mobilellm_pro.losses.linear_forward_kl import (
     linear_forward_kl,
     linear_top_k_distillation,
 )
-from mobilellm_pro.losses.non_finite import raise_if_not_finite
+from mobilellm_pro.losses.non_finite import non_finite_reports
 
 __all__ = [
     "DistillationLoss",
@@ -19,5 +19,5 @@ __all__ = [
     "linear_distillation",
     "linear_forward_kl",
     "linear_top_k_distillation",
-    "raise_if_not_finite",
+    "non_finite_reports",
 ]

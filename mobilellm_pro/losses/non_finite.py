@@ -1,7 +1,7 @@
-"""Find which input made a loss NaN or infinite, and stop with its name.
+"""Find which input made a loss NaN or infinite.
 
-A NaN spreads: one bad value in a hidden state is a NaN in every parameter one step later. The loss itself tells that
-something is wrong, at the price of one scalar; only then are the inputs searched.
+A NaN spreads: one bad value in a hidden state is a NaN in every parameter one step later. Whoever trains looks at the
+loss alone, and searches the inputs only once it is not finite: each of them is read whole.
 
 Shape suffixes: none; tensors of any shape.
 """
@@ -10,25 +10,13 @@ import torch
 from torch import Tensor
 
 
-def raise_if_not_finite(loss: Tensor, *, step: int, rank: int, **tensors: Tensor | None) -> None:
-    """Do nothing for a finite loss; otherwise name the step, the rank and each bad tensor among `tensors`.
+def non_finite_reports(**tensors: Tensor | None) -> list[str]:
+    """`non_finite_report` of every tensor that has one, in the order given; empty when all values are finite.
 
     Args:
-        loss: scalar; reading it waits for the device once.
-        step, rank: as the message should give them.
-        tensors: what went into the loss, by the name to report; None and integer tensors are skipped.
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite.
+        tensors: what went into a loss, by the name to report; None and integer tensors are skipped.
     """
-    value = loss.item()
-    if value - value == 0:
-        return
-    found = [report for name, tensor in tensors.items() if (report := non_finite_report(name, tensor))]
-    cause = (
-        "; ".join(found) or f"{', '.join(tensors) or 'no tensor'}: finite here, so look at other ranks or at overflow"
-    )
-    raise FloatingPointError(f"loss is {value} at step {step} on rank {rank}: {cause}")
+    return [report for name, tensor in tensors.items() if (report := non_finite_report(name, tensor))]
 
 
 def non_finite_report(name: str, tensor: Tensor | None) -> str | None:

@@ -22,13 +22,18 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from mobilellm_pro.config.job_config import JobConfig
-from mobilellm_pro.losses import DistillationLoss, linear_distillation, raise_if_not_finite
+from mobilellm_pro.losses import DistillationLoss, linear_distillation, non_finite_reports
 from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.row_shard import own_shard
+from mobilellm_pro.training.bad_step import MicroBatch, non_finite_gradients
+from mobilellm_pro.training.checkpoints import RunCheckpoints, run_checkpoints
 from mobilellm_pro.training.frozen_teacher import FrozenTeacher, PendingHidden, load_frozen_teacher
 from mobilellm_pro.training.hidden_state_cache import CacheWriter, attach_reader
 from mobilellm_pro.training.metrics import DistillMetrics
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation, evaluate_online
+from mobilellm_pro.training.step_guard import GuardedOptimizers, StepGuard
+from mobilellm_pro.training.stop_request import StopRequest, in_words
+from mobilellm_pro.training.stragglers import CollectiveTimeouts
 
 
 class DistillTrainer(Trainer):
@@ -36,13 +41,28 @@ class DistillTrainer(Trainer):
 
     job_config: JobConfig
     metrics_processor: DistillMetrics
+    optimizers: GuardedOptimizers
+    checkpointer: RunCheckpoints
     teacher: FrozenTeacher | None = None
     cache: CacheWriter | None = None
 
-    def __init__(self, job_config: JobConfig, evaluations: Sequence[OnlineEvaluation] = ()):
+    def __init__(
+        self, job_config: JobConfig, evaluations: Sequence[OnlineEvaluation] = (), stop: StopRequest | None = None
+    ):
         super().__init__(job_config)
+        self.checkpointer = run_checkpoints(self)
         self.evaluations = evaluations
         self._resumed_step: int | None = None
+        self._timeouts = CollectiveTimeouts(job_config.comm, self.parallel_dims)
+        self._guard = StepGuard(
+            job_config.guard,
+            metrics=self.metrics_processor,
+            checkpoints=self.checkpointer,
+            mixture=self.dataloader.mixture,
+            stop=stop,
+            search=self._search,
+        )
+        self.optimizers.may_step = self._guard.may_step
         self._coming: deque[dict[str, Tensor]] = deque()
         self._ahead: tuple[dict[str, Tensor], PendingHidden] | None = None
         distill = job_config.distill
@@ -76,12 +96,26 @@ class DistillTrainer(Trainer):
             self.cache = CacheWriter(self.job_config, [loader.mixture for loader in loaders], self.parallel_dims)
 
     def should_continue_training(self) -> bool:
-        """Until the last step, or until a corpus has been read as often as it may."""
-        return self.step < self.last_step
+        """Until the last step, until a corpus has been read as often as it may, or until all agree to stop."""
+        return self.step < self.last_step and not self._guard.stop
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ends early because somebody asked for it."""
+        return bool(self._guard.stop) and self.step < self.last_step
 
     def train(self) -> None:
-        """torchtitan's loop; a run that the data end before `training.steps` is saved and validated like any other."""
-        super().train()
+        """torchtitan's loop; a run that the data end before `training.steps` is saved and validated like any other.
+
+        Raises:
+            FloatingPointError, TimeoutError, CheckpointFailed: see `StepGuard`, `CollectiveTimeouts`, `RunCheckpoints`.
+        """
+        with self._timeouts.explained():
+            super().train()
+        if self.stopped:
+            then = "start again to go on" if self.checkpointer.save_to_go_on(self.step) else "checkpoints are off"
+            logger.info(f"stopped after step {self.step} as {in_words(self._guard.stop)}; {then}")
+            return
         if self.step < self.job_config.training.steps:
             logger.warning(f"stopped after step {self.step}: the next would pass max_epochs of a corpus")
             self.checkpointer.save(self.step, last_step=True)
@@ -96,8 +130,27 @@ class DistillTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """torchtitan's step, after the evaluations of the one before, whose checkpoint is written by now."""
+        first = self._resumed_step is None
+        if first:
+            self.metrics_processor.resume(self.step - 1)
         self._evaluate(self.step - 1)
-        super().train_step(data_iterator)
+        with self._guard.watching(self.step):
+            super().train_step(data_iterator)
+        if first:
+            self._timeouts.shorten(self.step)
+
+    def _search(self, micro_batch: MicroBatch) -> list[str]:
+        """Tensors that go into the loss of a micro-batch and are not finite, or gradients where all those are."""
+        self.optimizers.zero_grad()
+        input_dict, found = micro_batch.input_dict, list[str]()
+        if self.dataloader.hidden is not None:
+            rows = (input_dict[key].tolist() for key in ("corpus", "row"))
+            input_dict["teacher_hidden"] = self.dataloader.hidden.read(*rows).to(self.device)
+        terms, _ = self.distillation_terms(input_dict, micro_batch.labels, found=found)
+        (terms.loss / micro_batch.valid_tokens).backward()
+        if not found:
+            found += non_finite_gradients(self.model_parts[0])
+        return found
 
     def _evaluate(self, step: int) -> None:
         """What is due after a step; what a run did before it was stopped is not done again."""
@@ -148,6 +201,7 @@ class DistillTrainer(Trainer):
             self._run_ahead(self._coming[0])
         loss = terms.loss / global_valid_tokens
         loss.backward()
+        self._guard.micro_batches.append(MicroBatch(input_dict, labels, global_valid_tokens, loss.detach()))
         self.metrics_processor.terms.add(terms, (local_labels != IGNORE_INDEX).sum())
         return loss
 
@@ -171,23 +225,26 @@ class DistillTrainer(Trainer):
         return teacher.hidden(tokens, rows)
 
     def distillation_terms(
-        self, input_dict: dict[str, Tensor], labels: Tensor, split: str = "train"
+        self, input_dict: dict[str, Tensor], labels: Tensor, split: str = "train", found: list[str] | None = None
     ) -> tuple[DistillationLoss, Tensor]:
-        """Runs both models on a micro-batch of a split: (sums over this rank's tokens, this rank's labels [B, S])."""
+        """Runs both models on a micro-batch of a split: (sums over this rank's tokens, this rank's labels [B, S]).
+
+        With `found`, adds to it what is not finite of what goes into the loss.
+        """
         rows = self._rows(input_dict)
         tokens, labels = rows.shard.take(input_dict["input"]), rows.shard.take(labels)
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             teacher_hidden = self._teacher_hidden(self.teacher, input_dict, tokens, rows)
             teacher_head = self.teacher.head
-        head = partial(self._loss, labels=labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
+        head = partial(self._loss, labels=labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head, found=found)
         student = self.model_parts[0]
         masks = rows.masks(student.spans(), self.job_config.attention.student_mask)
         with self.maybe_enable_amp:
             terms = student(tokens, rows.positions, masks, head)
         if self.teacher is not None:
             self.teacher.release()
-        if self.cache is not None and teacher_hidden is not None:  # after the loss, which refuses what is not finite
+        if self.cache is not None and teacher_hidden is not None and teacher_hidden.isfinite().all():
             self.cache.keep(split, input_dict, teacher_hidden, rows.shard)
         return terms, labels
 
@@ -199,6 +256,7 @@ class DistillTrainer(Trainer):
         labels: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
+        found: list[str] | None,
     ) -> DistillationLoss:
         """The student's head: [B, S, D] and [V, D] to the loss, on local tensors with explicit collectives.
 
@@ -233,7 +291,7 @@ class DistillTrainer(Trainer):
                 impl=distill.impl,
                 vocab_group=group,
             )
-        tensors: dict[str, Tensor | None] = {"student_hidden": hidden, "student_head": weight}
-        tensors |= {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
-        raise_if_not_finite(terms.loss, step=self.step, rank=dist.get_rank(), **tensors)
+        if found is not None:
+            tensors: dict[str, Tensor | None] = {"student_hidden": hidden, "student_head": weight}
+            found += non_finite_reports(**tensors, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
         return terms

@@ -9,7 +9,6 @@ more at Scout's width) and, on a GPU, `pin_memory`. The micro-batches of a step 
 states; writing holds up to twice `teacher.cache_file_mib` a rank there.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from mobilellm_pro.config.job_config import JobConfig
-from mobilellm_pro.data.hidden_state_files import CacheKey, CorpusKey, existing_parent
+from mobilellm_pro.data.hidden_state_files import CacheKey, CorpusKey
 from mobilellm_pro.data.hidden_state_folder import CACHE_FILE, check_cache, folder_problem
 from mobilellm_pro.data.hidden_state_index import CorpusIndex, order_problems
 from mobilellm_pro.data.hidden_states import HiddenStateReader, HiddenStateWriter
@@ -30,6 +29,7 @@ from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.model.hugging_face import read_config, teacher_args
 from mobilellm_pro.model.row_shard import RowShard, own_shard
 from mobilellm_pro.model.tensor_files import fingerprint
+from mobilellm_pro.training.disk_room import free_bytes, in_words
 from mobilellm_pro.training.loader import MixtureLoader, last_step, open_mixture, step_rows
 
 _fingerprint = lru_cache(maxsize=1)(fingerprint)  # preflight and the trainer ask for it
@@ -107,11 +107,11 @@ def cache_problems(config: JobConfig, batch_ranks: int) -> Iterator[str]:
             yield problem
             return
         needed = sum(size for size, _, _ in _sizes(config, key, mixtures, batch_ranks))
-        free = shutil.disk_usage(existing_parent(folder)).free
+        free = free_bytes(folder)
         if needed > free:
             yield (
                 f"teacher.cache_path = {str(folder)!r}: the hidden states that this run has to write take "
-                f"{_in_words(needed)}, {_in_words(free)} are free on that disk: free space or choose another disk, "
+                f"{in_words(needed)}, {in_words(free)} are free on that disk: free space or choose another disk, "
                 'set teacher.cache_dtype = "float8", or lower training.steps'
             )
 
@@ -165,10 +165,6 @@ def _sizes(
             a_row = key.seq_len * cache.bytes_per_token
             sizes.append((len(missing) * a_row, count * a_row, key))
     return sizes
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.3f} MB"
 
 
 class CacheWriter:
@@ -247,13 +243,13 @@ class CacheWriter:
     def _report_sizes(self) -> None:
         sizes = _sizes(self._config, self._cache, self._mixtures, self._batch_ranks)
         for needed, whole, key in sizes:
-            logger.info(f"hidden states of {key}: {_in_words(whole)}, of which {_in_words(needed)} to be written")
+            logger.info(f"hidden states of {key}: {in_words(whole)}, of which {in_words(needed)} to be written")
         needed, whole = (int(np.sum([size[i] for size in sizes])) for i in (0, 1))
         folder = Path(self._config.teacher.cache_path)
-        free = shutil.disk_usage(existing_parent(folder)).free
+        free = free_bytes(folder)
         logger.info(
-            f"hidden states of the run in {folder}: {_in_words(whole)} at {self._cache.bytes_per_token:,} bytes a "
-            f"token, of which {_in_words(needed)} to be written; {_in_words(free)} free"
+            f"hidden states of the run in {folder}: {in_words(whole)} at {self._cache.bytes_per_token:,} bytes a "
+            f"token, of which {in_words(needed)} to be written; {in_words(free)} free"
         )
 
 

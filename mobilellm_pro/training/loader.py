@@ -37,13 +37,14 @@ def open_mixture(
 
     Args:
         data: the [data] section.
-        split: "train" or "valid".
+        split: "train", "valid" or "dev".
         seq_len: tokens of a row.
         fingerprint: of the tokenizer that the corpora must have been prepared with.
         check_index: look at every document's place on disk; preflight has done so on each machine.
 
     Raises:
-        ValueError: a damaged, empty or too small corpus, another tokenizer, unusable weights.
+        ValueError: a damaged, empty or too small corpus, another tokenizer, clusters that it does not have, unusable
+            weights.
     """
     rows: type[CorpusStream] | type[BestFitRows] = BestFitRows if data.packing == "best_fit" else CorpusStream
     streams = [
@@ -53,6 +54,7 @@ def open_mixture(
             seed=data.seed,
             max_document_tokens=data.max_document_tokens,
             min_document_tokens=data.min_document_tokens,
+            clusters=dataset.clusters,
         )
         for dataset in data.datasets
     ]

@@ -17,7 +17,7 @@ from torchtitan.tools.logging import logger
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.losses import DistillationLoss
-from mobilellm_pro.training.run_folder import append_metrics
+from mobilellm_pro.training.run_folder import METRICS, append_metrics, read_metrics
 
 TERMS = ("kl", "ce", "teacher_ce", "teacher_entropy")
 
@@ -27,12 +27,22 @@ class TermSums:
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
+        self._step: list[torch.Tensor] = []
 
     def add(self, terms: DistillationLoss, num_tokens: torch.Tensor) -> None:
-        """Adds one micro-batch; `num_tokens` are the tokens of this rank that count."""
+        """Notes one micro-batch of the step; `num_tokens` are the tokens of this rank that count."""
         values = [getattr(terms, name).detach().double() for name in TERMS] + [num_tokens.double()]
-        stacked = torch.stack([value.reshape(()) for value in values])
-        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._step.append(torch.stack([value.reshape(()) for value in values]))
+
+    def keep_step(self) -> None:
+        """Adds what was noted of the step."""
+        for stacked in self._step:
+            self._sums = stacked if self._sums is None else self._sums + stacked
+        self._step = []
+
+    def drop_step(self) -> None:
+        """Forgets what was noted of the step, which one NaN would spoil for all steps since the last log."""
+        self._step = []
 
     def reduce(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """Means over the tokens of all ranks of the group, in nats a token; forgets the sums."""
@@ -56,10 +66,30 @@ class DistillMetrics(MetricsProcessor):
         self.has_teacher = job_config.distill.objective != "ce"
         self._folder = Path(job_config.job.dump_folder)
         self._first_log = True
+        self._counts_skipped = job_config.guard.non_finite == "skip"
+        self._skipped: set[int] = set()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this run that were skipped; on the first rank those before a restart too."""
+        return len(self._skipped)
+
+    def resume(self, step: int) -> None:
+        """The run goes on after this step: what was skipped up to it counts, what comes later is done again."""
+        if dist.get_rank() == 0 and (self._folder / METRICS).is_file():
+            self._skipped = {r["step"] for r in read_metrics(self._folder, "skipped") if r["step"] <= step}
+
+    def log_skipped(self, step: int, report: str) -> None:
+        """A step that was not finite and changed nothing; it gets a line of its own and none of a training step."""
+        self.terms.drop_step()
+        self._skipped.add(step)
+        logger.warning(f"step {step} is skipped, {self.skipped_steps} so far: {report}")
+        if dist.get_rank() == 0:
+            append_metrics(self._folder, {"kind": "skipped", "step": step, "report": report})
 
     def should_log(self, step: int) -> bool:
         """As configured, and always the first step of this process: it shows whether the teacher is the right one."""
-        return self._first_log or super().should_log(step)
+        return step not in self._skipped and (self._first_log or super().should_log(step))
 
     def log(
         self,
@@ -80,6 +110,8 @@ class DistillMetrics(MetricsProcessor):
             terms = {"ce": terms["ce"]}
         extra |= {f"distill/{name}": value for name, value in terms.items()}
         extra |= self.data_consumed()
+        if self._counts_skipped:
+            extra["skipped_steps"] = self.skipped_steps
         tokens_per_second = self._tokens_per_second()
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
         if self.has_teacher:  # else the loss, which torchtitan's line has, is all there is

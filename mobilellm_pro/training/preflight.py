@@ -5,7 +5,7 @@ seconds, with all of its problems, not one by one in the queue.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,31 @@ from mobilellm_pro.model.student import StudentArgs
 from mobilellm_pro.model.teacher import Teacher, TeacherArgs
 from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.model.tensor_files import tensor_problems
+from mobilellm_pro.training.disk_room import checkpoint_room_problems
 from mobilellm_pro.training.hidden_state_cache import cache_problems
 from mobilellm_pro.training.loader import open_mixture, step_rows
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation
 
 
-def problems(config: JobConfig, world_size: int, evaluations: Sequence[OnlineEvaluation] = ()) -> list[str]:
+def problems(
+    config: JobConfig,
+    world_size: int,
+    evaluations: Sequence[OnlineEvaluation] = (),
+    *,
+    skip: Collection[str] = (),
+) -> list[str]:
     """All problems of a configuration on `world_size` ranks, each with what was expected and the cure.
 
     Args:
         config: a loaded configuration.
         world_size: number of processes of the job.
         evaluations: that run while it trains.
+        skip: "datasets", "teacher", "cache", "checkpoints": what another job has yet to make.
     """
     found = [str(problem) for problem in (*check_world_size(config, world_size), *check_machine(config, device_type))]
-    for check in (_model, _tensor_parallel, _tokenizer, _datasets, _teacher, _cache, _checkpoints):
+    files = {"datasets": _datasets, "teacher": _teacher, "cache": _cache, "checkpoints": _checkpoints}
+    wanted = (check for name, check in files.items() if name not in skip)
+    for check in (_model, _tensor_parallel, _tokenizer, _room, *wanted):
         found += _collect(check, config, world_size)
     for evaluation in evaluations:
         found += evaluation.problems()
@@ -184,6 +194,11 @@ def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:
         yield from tensor_problems(model_on_meta(config), initial)
     else:
         yield from checkpoint_problems(model_on_meta(config), Path(initial))
+
+
+def _room(config: JobConfig, world_size: int) -> Iterator[str]:
+    if config.checkpoint.enable and not config.checkpoint.load_only and _known_model(config) is not None:
+        yield from checkpoint_room_problems(config)
 
 
 def _batch_ranks(config: JobConfig, world_size: int) -> int:

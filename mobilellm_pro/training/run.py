@@ -1,33 +1,39 @@
 """A run from beginning to end: checks, run folder, torchtitan's loop, DONE.
 
-Started again, it goes on from the newest complete checkpoint. The `train` verb is this with the evaluations that the
+Started again, it goes on from the newest complete checkpoint: of a run that was killed, or that was asked to stop
+(`stop_request`) and has saved one for the purpose. The `train` verb is this with the evaluations that the
 configuration asks for (`mobilellm_pro.pipeline.train_job`).
 """
 
 import json
 import os
-import shutil
 import socket
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.config import JobError, load, resolved_toml
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model.checkpoint import latest_checkpoint
+from mobilellm_pro.training.checkpoints import remove_torn
 from mobilellm_pro.training.distill_trainer import DistillTrainer
+from mobilellm_pro.training.launcher import end_with_launcher
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation
 from mobilellm_pro.training.preflight import problems
-from mobilellm_pro.training.run_folder import describe_data, describe_environment, read_metrics, write_atomically
+from mobilellm_pro.training.run_folder import describe_data, describe_environment, read_metrics
+from mobilellm_pro.training.run_lock import run_lock
+from mobilellm_pro.training.stop_request import StopRequest, begin_of_this_run
 from mobilellm_pro.training.train_spec import register
 
 
 def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvaluation] = ()) -> None:
-    """Trains the configured model; a run that is DONE is left alone.
+    """Trains the configured model; a run that is DONE is left alone. One that was asked to stop ends without DONE.
 
     Args:
         config: a loaded configuration.
@@ -35,9 +41,14 @@ def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvalu
         evaluations: to run while it trains.
 
     Raises:
-        JobError: listing everything that is wrong with the configuration, the data or the teacher.
+        JobError: listing everything that is wrong with the configuration, the data or the teacher; or another run is
+            at work in the folder.
+        FloatingPointError: a step is not finite; see [guard].
+        TimeoutError: ranks waited too long for others.
+        CheckpointFailed: a checkpoint could not be written; the one before it stays.
     """
     _default_environment()
+    end_with_launcher()
     world_size = int(os.environ["WORLD_SIZE"])
     folder = Path(config.job.dump_folder)
     init_logger()
@@ -47,15 +58,30 @@ def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvalu
     found = problems(config, world_size, evaluations)
     if found:
         raise JobError(config_path, found)
-    if os.environ["RANK"] == "0":
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "DONE").unlink(missing_ok=True)
-        _remove_torn_checkpoints(folder / config.checkpoint.folder)
-        write_atomically(folder / "config.toml", resolved_toml(config))
-        write_atomically(folder / "environment.json", json.dumps(describe_environment(world_size), indent=2))
+    is_first = os.environ["RANK"] == "0"
+    stop = StopRequest(folder, looks_at_file=is_first)
+    with ExitStack() as held:
+        held.enter_context(stop.listening())
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(folder))
+            _begin(folder, config, world_size, stop)
+        _run(folder, config, evaluations, stop)
+
+
+def _begin(folder: Path, config: JobConfig, world_size: int, stop: StopRequest) -> None:
+    """What the first rank does with the folder before anybody trains."""
+    stop.remove(older_than=begin_of_this_run())
+    (folder / "DONE").unlink(missing_ok=True)
+    remove_torn(folder / config.checkpoint.folder)
+    write_atomically(folder / "config.toml", resolved_toml(config))
+    write_atomically(folder / "environment.json", json.dumps(describe_environment(world_size), indent=2))
+
+
+def _run(folder: Path, config: JobConfig, evaluations: Sequence[OnlineEvaluation], stop: StopRequest) -> None:
     register()
     start = time.monotonic()
-    trainer = DistillTrainer(config, evaluations)
+    trainer = DistillTrainer(config, evaluations, stop)
     if dist.get_rank() == 0:
         write_atomically(folder / "data.json", json.dumps(describe_data(config, trainer.dataloader.mixture), indent=2))
     try:
@@ -63,8 +89,9 @@ def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvalu
     finally:
         trainer.close()
     if dist.get_rank() == 0:
-        kinds = ["validation"] * config.validation.enable + [evaluation.name for evaluation in evaluations]
-        _write_done(folder, config, trainer.step, time.monotonic() - start, kinds)
+        stop.remove()
+        if not trainer.stopped:
+            _write_done(folder, config, trainer, time.monotonic() - start, evaluations)
     dist.destroy_process_group()
 
 
@@ -104,26 +131,16 @@ def is_finished(config: JobConfig) -> bool:
     return True
 
 
-def _remove_torn_checkpoints(folder: Path) -> None:
-    """Removes what a kill left of an unfinished checkpoint, and the folder itself if nothing complete is in it.
-
-    torchtitan loads `checkpoint.initial_load_path` only where the folder does not exist: a torn first checkpoint would
-    make the restarted run begin, without a word, from random weights.
-    """
-    for step in folder.glob("step-*"):
-        if not (step / ".metadata").is_file():
-            logger.warning(f"removing {step}, which is incomplete")
-            shutil.rmtree(step)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _write_done(folder: Path, config: JobConfig, step: int, seconds: float, kinds: Sequence[str]) -> None:
+def _write_done(
+    folder: Path, config: JobConfig, trainer: DistillTrainer, seconds: float, evaluations: Sequence[OnlineEvaluation]
+) -> None:
+    kinds = ["validation"] * config.validation.enable + [evaluation.name for evaluation in evaluations]
     last = {kind: read_metrics(folder, kind)[-1:] for kind in kinds}
     checkpoint = latest_checkpoint(folder / config.checkpoint.folder) if config.checkpoint.enable else None
     record = {
-        "steps": step,
+        "steps": trainer.step,
         "configured_steps": config.training.steps,  # more than `steps` where data.on_max_epochs stopped the run
+        "skipped_steps": trainer.metrics_processor.skipped_steps,
         "wall_seconds_of_last_start": round(seconds, 1),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "validation": None,

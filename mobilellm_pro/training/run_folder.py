@@ -3,13 +3,15 @@
 config.toml      the resolved configuration of the latest start
 environment.json package versions, commit, hardware, world size, command line
 data.json        what the rows are drawn from: corpora, weights, checksums
-metrics.jsonl    one line a logged step, validation or evaluation; after a resume, later ones of a step replace earlier
+metrics.jsonl    one line a logged or skipped step, validation or evaluation; after a resume, later ones of a step
+                 replace earlier
+run.lock         held by the run that is at work here; who it is
+STOP             made by whoever wants the run to save a checkpoint and end
 needle/          step-N.json: every cell of the needle test after step N, where [needle] asks for it
 DONE             written last: steps, wall seconds, checkpoint, the last validation and the last of each evaluation
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -19,15 +21,10 @@ from typing import Any
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.data.mixture import Mixture
+from mobilellm_pro.json_lines import append_record, read_records
 
 PACKAGES = ("torch", "torchtitan", "torchdata", "tiktoken", "safetensors", "numpy", "mobilellm-pro")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+METRICS = "metrics.jsonl"
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
@@ -63,6 +60,7 @@ def describe_data(config: JobConfig, mixture: Mixture) -> dict[str, Any]:
                 "documents": corpus.num_documents,
                 "tokens": corpus.num_tokens,
                 "tokenizer_fingerprint": corpus.manifest.fingerprint,
+                "clusters": dataset.clusters,
                 "shards_sha256": [record.bin_sha256 for record in corpus.manifest.shards[corpus.split]],
             }
         )
@@ -92,31 +90,21 @@ def commit() -> str | None:
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """Adds one line to metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    with path.open("ab+") as stream:
-        if stream.seek(0, os.SEEK_END):
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":  # a kill cut the last line short
-                stream.write(b"\n")
-        stream.write(json.dumps(record).encode() + b"\n")
+    append_record(folder / METRICS, record)
 
 
 def read_metrics(folder: str | Path, kind: str) -> list[dict[str, Any]]:
     """Records of one kind in order of step; a step that was run twice counts once.
 
-    Kinds are "train", "validation" and the names of the evaluations that ran, as "needle".
+    Kinds are "train", "skipped", "validation" and the names of the evaluations that ran, as "needle".
 
     A line that a kill cut short is skipped: the resumed run has logged that step again.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the folder of a run (its job.dump_folder)")
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for record in read_records(path):
         if record["kind"] == kind:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -17,6 +16,7 @@ from mobilellm_pro.model.hugging_face import PrefixAdapter
 from mobilellm_pro.model.registry import FAMILIES
 from mobilellm_pro.training.loader import build_loader
 from mobilellm_pro.training.metrics import build_metrics
+from mobilellm_pro.training.step_guard import GuardedOptimizers
 from mobilellm_pro.training.validation import HeldOutValidator
 
 
@@ -42,7 +42,7 @@ def register() -> None:
 
 def build_optimizers(
     model_parts: list[nn.Module], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims
-) -> OptimizersContainer:
+) -> GuardedOptimizers:
     """torchtitan's container over AdamW (or Adam) with weight decay on matrices only, not on norms."""
     settings: dict[str, Any] = {
         "lr": optimizer_config.lr,
@@ -55,7 +55,7 @@ def build_optimizers(
     optimizers = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
     if optimizer_config.name not in optimizers:
         raise ValueError(f"optimizer.name = {optimizer_config.name!r}; expected one of {', '.join(optimizers)}")
-    return OptimizersContainer(model_parts, partial(_with_groups, optimizers[optimizer_config.name]), settings)
+    return GuardedOptimizers(model_parts, partial(_with_groups, optimizers[optimizer_config.name]), settings)
 
 
 def _with_groups(optimizer_cls: Any, parameters: list[nn.Parameter], **settings: Any) -> Any:

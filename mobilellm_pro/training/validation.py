@@ -61,7 +61,11 @@ class HeldOutValidator(BaseValidator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Logs nats a token and bits per byte over the whole held-out set of the run; always the same rows."""
+        """Logs nats a token and bits per byte over the whole held-out set of the run; always the same rows.
+
+        Raises:
+            FloatingPointError: on all ranks, where a loss is not finite.
+        """
         start = time.perf_counter()
         for model in model_parts:
             model.eval()
@@ -80,6 +84,9 @@ class HeldOutValidator(BaseValidator):
         if mesh is not None:
             dist.all_reduce(sums, group=mesh.get_group())
         summary = self._summary(sums.tolist())
+        bad = [f"{name} is {value}" for name, value in summary.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(f"on held-out documents after step {step}: {', '.join(bad)}")
         self.metrics_processor.log_held_out(step, summary, time.perf_counter() - start)
 
     def _batch_sums(self, input_dict: dict[str, Tensor], labels: Tensor) -> Tensor:

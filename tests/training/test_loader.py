@@ -3,12 +3,15 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mobilellm_pro.config.job_config import Data, Dataset, JobConfig
 from mobilellm_pro.data.mixture import Mixture
+from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.training.loader import MixtureLoader, last_step, open_mixture
 from mobilellm_pro.training.run_folder import describe_data
+from tests.data.shard_files import write_labels_of
 from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora
 
 ROWS = 24  # of a global step
@@ -77,6 +80,29 @@ def test_long_documents_only(data: Data, packing: str) -> None:
     assert shortest >= 40 and longest == 45
     described = describe_data(JobConfig(data=settings), mixture)["identity"]
     assert described == mixture.identity and described.count("min_document_tokens 40, max_document_tokens 45") == 2
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_some_clusters_only(data: Data, packing: str) -> None:
+    """One corpus under two names; whatever records or resumes a mixture knows its clusters."""
+    (folder,) = {dataset.path for dataset in data.datasets if dataset.name == "a"}
+    labels = np.arange(Corpus.open(folder).num_documents) % 3
+    write_labels_of(Path(folder), labels.tolist(), 3)
+    datasets = [Dataset("first", folder, 0.5, clusters=[0, 2]), Dataset("second", folder, 0.5, clusters=[1])]
+    settings = Data(**{**data.__dict__, "packing": packing, "datasets": datasets})
+    mixture = open_mixture(settings, "train", 64)
+    read = [{n for row in range(30) for n in stream.pieces(row).documents} for stream in mixture.streams]
+    assert set(labels[list(read[0])]) == {0, 2} and set(labels[list(read[1])]) == {1}
+    expected = steps_read(mixture, 1)
+    assert steps_read(open_mixture(settings, "train", 64), 3, workers=2, restart=7, rows=12) == expected
+    described = describe_data(JobConfig(data=settings), mixture)
+    assert [corpus["clusters"] for corpus in described["corpora"]] == [[0, 2], [1]]
+    assert "clusters 0 2 of" in described["identity"]
+    state = MixtureLoader(mixture, 4, 0, 2).state_dict()
+    datasets[1] = Dataset("second", folder, 0.5, clusters=[1, 2])
+    changed = MixtureLoader(open_mixture(settings, "train", 64), 4, 0, 2)
+    with pytest.raises(ValueError, match=r"data were .*clusters 1 of .*the configuration's are .*clusters 1 2 of"):
+        changed.load_state_dict(state)
 
 
 def test_epochs_count_what_is_read(data: Data) -> None:

@@ -125,7 +125,9 @@ def test_a_nan_stops_the_run_with_its_name(world: SmallWorld, tmp_path: Path) ->
     tensors = load_file(teacher / "model.safetensors")
     tensors["lm_head.weight"][7, 3] = float("nan")
     save_file(tensors, teacher / "model.safetensors")
-    with pytest.raises(AssertionError, match=r"loss is nan at step 1 on rank 0: teacher_head \[4096, 128\]: 1 NaN"):
+    with pytest.raises(
+        AssertionError, match=r"loss is nan at step 1 on rank 0, micro-batch 1 of 1; teacher_head \[4096, 128\]: 1 NaN"
+    ):
         world.run("objectives/nan", 1, "--teacher.path", str(teacher))
 
 
