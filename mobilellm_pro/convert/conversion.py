@@ -5,20 +5,22 @@ mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mobilellm_pro.convert.safetensors_file import write_safetensors_file
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.tokenizer import Tokenizer, find_llama4_file
 from mobilellm_pro.model.checkpoint import LoadedModel, load_model
 from mobilellm_pro.model.hugging_face import hugging_face_name, student_config, teacher_config
+from mobilellm_pro.model.stored_parameters import ParameterKind
 from mobilellm_pro.model.student import Student
 
 SHARD_BYTES = 5_000_000_000
@@ -62,6 +64,19 @@ def convert(
 
 
 def _write_hugging_face(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+    write_description(loaded, folder, dtype)
+    tensors = {hugging_face_name(name): tensor for name, tensor in loaded.model.state_dict().items()}
+    write_safetensors(tensors, folder)
+
+
+def write_description(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+    """Everything of a Hugging Face folder but the weights: config.json, generation_config.json and the tokenizer.
+
+    Args:
+        loaded: the model, which may be on the meta device.
+        folder: to write to.
+        dtype: "float32" or "bfloat16", of the weights that will lie beside it.
+    """
     tokenizer = Tokenizer.load(loaded.tokenizer)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     args = loaded.model.model_args
@@ -74,33 +89,54 @@ def _write_hugging_face(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     write_hugging_face_tokenizer(tokenizer, folder, max_tokens=loaded.max_tokens)
     source = find_llama4_file() if loaded.tokenizer == "llama4" else Path(loaded.tokenizer)
     shutil.copyfile(source, folder / "tokenizer.model")
-    tensors = {hugging_face_name(name): tensor for name, tensor in loaded.model.state_dict().items()}
-    write_safetensors(tensors, folder)
 
 
 def write_safetensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes model.safetensors, or numbered shards and their index when the tensors exceed `shard_bytes`."""
-    shards = list(_shards(tensors, shard_bytes))
+    kinds = {name: ParameterKind(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_computed_safetensors(kinds, tensors.__getitem__, folder, shard_bytes)
+
+
+def write_computed_safetensors(
+    kinds: Mapping[str, ParameterKind],
+    compute: Callable[[str], Tensor],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`write_safetensors` of tensors that are computed one at a time, as they are written.
+
+    Args:
+        kinds: name -> shape and type of every tensor.
+        compute: name -> the tensor, of that shape and type.
+        folder: to write to.
+        shard_bytes: largest file, but for a single tensor that is larger.
+    """
+    shards = list(_shards({name: _num_bytes(kind) for name, kind in kinds.items()}, shard_bytes))
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors_file(folder / "model.safetensors", kinds, compute)
         return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors_file(folder / file, {name: kinds[name] for name in names}, compute)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(map(_num_bytes, kinds.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+def _num_bytes(kind: ParameterKind) -> int:
+    return math.prod(kind.shape) * kind.dtype.itemsize
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
+    """Names of the tensors of each file, from their bytes."""
+    shard: list[str] = []
+    for name, size in sizes.items():
+        if shard and sum(sizes[other] for other in shard) + size > shard_bytes:
             yield shard
-            shard = {}
-        shard[name] = tensor.contiguous()
+            shard = []
+        shard.append(name)
     yield shard
 
 

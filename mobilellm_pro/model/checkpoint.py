@@ -15,12 +15,20 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import ModelProtocol
 
-from mobilellm_pro.config import load
+from mobilellm_pro.config import JobConfig, load
 from mobilellm_pro.model.hugging_face import read_config, student_args, teacher_args
 from mobilellm_pro.model.registry import model_on_meta
 from mobilellm_pro.model.shard_loading import load_tensors
 from mobilellm_pro.model.student import Student
 from mobilellm_pro.model.teacher import Teacher
+
+
+class RunCheckpoint(NamedTuple):
+    """A DCP checkpoint and the configuration of the run that wrote it."""
+
+    config: JobConfig
+    step: Path
+    """The folder `step-N`."""
 
 
 class LoadedModel(NamedTuple):
@@ -69,6 +77,26 @@ def checkpoint_problems(model: nn.Module, folder: Path, *, resume: bool = False)
     return found
 
 
+def find_checkpoint(source: str | Path) -> RunCheckpoint:
+    """The DCP checkpoint that a folder means: the newest of a run folder, or one `step-N`; with its run's config.toml.
+
+    Raises:
+        FileNotFoundError: it is neither, or holds no complete checkpoint.
+    """
+    source = Path(source)
+    run = next((folder for folder in (source, *source.parents) if (folder / "config.toml").is_file()), None)
+    config = None if run is None else load(run / "config.toml")
+    step: Path | None = source
+    if config is not None and run == source:
+        step = latest_checkpoint(run / config.checkpoint.folder)
+    if config is None or step is None or not (step / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{source}: expected a Hugging Face folder (config.json), a run folder (config.toml and a complete "
+            "checkpoint/step-N) or a step-N folder inside one"
+        )
+    return RunCheckpoint(config, step)
+
+
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
     """Reads a model from a Hugging Face folder, a run folder (its newest checkpoint) or one checkpoint `step-N`.
 
@@ -84,25 +112,28 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     source = Path(source)
     if (source / "config.json").is_file():
         return _load_hugging_face(source, dtype, device)
-    run = next((folder for folder in (source, *source.parents) if (folder / "config.toml").is_file()), None)
-    config = None if run is None else load(run / "config.toml")
-    step: Path | None = source
-    if config is not None and run == source:
-        step = latest_checkpoint(run / config.checkpoint.folder)
-    if config is None or step is None or not (step / ".metadata").is_file():
-        raise FileNotFoundError(
-            f"{source}: expected a Hugging Face folder (config.json), a run folder (config.toml and a complete "
-            "checkpoint/step-N) or a step-N folder inside one"
-        )
-    model = model_on_meta(config)
-    problems = checkpoint_problems(model, step)
+    config, step = find_checkpoint(source)
+    problems = checkpoint_problems(model_on_meta(config), step)
     if problems:
         raise ValueError("\n".join(problems))
-    _allocate(model, dtype, device)
+    model = empty_model(config, dtype, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(model.state_dict(), checkpoint_id=str(step), no_dist=not dist.is_initialized())
-    return LoadedModel(model.eval(), config.data.tokenizer, config.training.seq_len)
+    return LoadedModel(model, config.data.tokenizer, config.training.seq_len)
+
+
+def empty_model(config: JobConfig, dtype: str = "float32", device: str = "cpu") -> ModelProtocol:
+    """The configured model in memory that nobody has written yet, frozen and in evaluation mode.
+
+    Args:
+        config: names model and flavor.
+        dtype: "float32" or "bfloat16".
+        device: where to put it.
+    """
+    model = model_on_meta(config)
+    _allocate(model, dtype, device)
+    return model.eval()
 
 
 def _load_hugging_face(folder: Path, dtype: str, device: str) -> LoadedModel:
