@@ -8,14 +8,16 @@
 influence   seven domains, samples of 256 tokens, one thread. First the inner update by size of the pools: core time a
             sample, beside the same update in plain Python with dictionaries (`tests/data_mix/influence_definition.py`)
             and the largest difference between the two. Then `simulate` from beginning to end, all included: reading,
-            order, recording, a state every 100,000 samples. The bar is a million samples in an hour on one core.
+            order, recording, a state every 100,000 samples. The bar is a million samples in an hour on one core. Last
+            the update by one and by two threads in turn, by the clock: the median of the ratios, and their range.
             The offline corpora are five with a vocabulary of 4,096; the two with most tokens are halved. The synthetic
             language has 202,048 ids: half of the tokens follow the one before, half come from one distribution.
 regmix      the regressors on RegMix's public runs (`tests/assets/regmix`): mixtures of 17 domains, 13 losses of models
             with a million parameters. Fitted on the first 64 to 512 runs; 100 x the mean over the losses of Spearman's
             rank correlation on the 256 test runs, and of 4-fold out-of-fold predictions of the runs themselves, by
             which features and settings were chosen. "weights" alone is the direct regression without logs and roots.
-            Core seconds of all threads, for one fit on the runs and the prediction of the test runs.
+            Core seconds of all threads, for one fit on the runs and the prediction of the test runs. Then the neural
+            regressor on 512 runs with --neural-seeds seeds.
 students    `mix` on the offline corpora by a plan (done once; see --plan), then the proxies' job with --steps on the
             weights found, on equal weights and on natural share, each with --seeds of weights and order: equal tokens,
             other seeds than the proxies'. Bits per byte on held-out documents of each domain, of each as many tokens;
@@ -31,14 +33,13 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from machine import ROOT, describe, section_parser, write_sections
 from scipy.stats import t as student_t
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from machine import describe
 
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data_mix.influence import InfluenceModels
@@ -54,10 +55,11 @@ from mobilellm_pro.pipeline.data_mix_simulation import natural_tokens
 from tests.data_mix.influence_definition import PythonModel
 from tests.data_mix.regmix import Runs, load_runs
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_TOKENS = 256
 DEBUG_CORPORA = ("encyclopedia", "code", "questions", "mathematics", "manuals")
 NUM_DOMAINS = 7
+FEATURES: dict[str, tuple[str, ...]] = {"logs-roots": ("logs", "roots"), "weights": ("weights",)}
+"""Of regmix."""
 
 
 # influence
@@ -81,6 +83,8 @@ def influence(options: argparse.Namespace) -> list[str]:
     ]
     for name, rows in languages.items():
         lines.append(f"| {name} | {simulate_speed(rows, options.samples)} |")
+    lines += ["", "| language | two threads, times as fast as one (least to most) |", "|---|---:|"]
+    lines += [f"| {name} | {thread_speed(rows)} |" for name, rows in languages.items()]
     return lines
 
 
@@ -170,6 +174,28 @@ def simulate_speed(rows: dict[str, np.ndarray], num_samples: int, pool_tokens: i
     return f"{read:,} | {core / 60:.2f} | {wall / 60:.2f} | {core / read * 1e6 / 60:.1f}"
 
 
+def thread_speed(rows: dict[str, np.ndarray], pool_tokens: int = 200_000, rounds: int = 7) -> str:
+    """Cells of a row of the third table; both are measured side by side, so that other work slows both."""
+    pool_rows = pool_tokens // SAMPLE_TOKENS
+    pools = {name: part[:pool_rows].ravel() for name, part in rows.items()}
+    base = base_distribution([part[pool_rows:].ravel() for part in rows.values()], vocabulary(rows))
+    both = [InfluenceModels(pools, base, NgramSettings(), threads=threads) for threads in (1, 2)]
+    left = min(len(part) for part in rows.values()) - pool_rows
+    stream = [(part[pool_rows + number], own) for number in range(left) for own, part in enumerate(rows.values())]
+    ratios = []
+    for part in np.array_split(np.arange(len(stream)), rounds):
+        samples, own = zip(*(stream[number] for number in part), strict=True)
+        seconds = []
+        for models in both:
+            begin = time.perf_counter()
+            models.measure(samples, own)
+            seconds.append(time.perf_counter() - begin)
+        ratios.append(seconds[0] / seconds[1])
+    for models in both:
+        models.close()
+    return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 # regmix
 
 
@@ -177,15 +203,30 @@ def regmix(options: argparse.Namespace) -> list[str]:
     """A row for each regressor and number of runs, printed as they come."""
     lines = ["| regressor | features | runs | test | out of fold | core s |", "|---|---|---:|---:|---:|---:|"]
     train, test = load_runs("train"), load_runs("test")
-    ways: list[tuple[str, tuple[str, ...]]] = [(name, ("logs", "roots")) for name in options.regressors]
-    ways += [(name, ("weights",)) for name in options.regressors if name in ("linear", "neural", "trees")]
+    ways = [(name, FEATURES["logs-roots"]) for name in options.regressors if "logs-roots" in options.features]
+    alone = [name for name in options.regressors if name in ("linear", "neural", "trees")]
+    ways += [(name, FEATURES["weights"]) for name in alone if "weights" in options.features]
     for name, blocks in ways:
         for count in (64, 128, 256, 512):
             lines.append(
                 f"| {name} | {' and '.join(blocks)} | {count} | {regmix_scores(name, blocks, train, test, count)} |"
             )
             print(lines[-1], file=sys.stderr, flush=True)
+    if ("neural", FEATURES["logs-roots"]) in ways:
+        lines += ["", *neural_seeds(train, test, options.neural_seeds)]
     return lines
+
+
+def neural_seeds(train: Runs, test: Runs, seeds: int) -> list[str]:
+    """A table of what other seeds do to the neural regressor."""
+    lines = ["| neural, 512 runs, seed | test |", "|---|---:|"]
+    scores = []
+    for seed in range(seeds):
+        fitted = REGRESSORS["neural"](seed).fit(mixture_features(train.weights), train.losses)
+        predicted, _ = fitted.predict(mixture_features(test.weights))
+        scores.append(100 * rank_correlation(predicted, test.losses).mean())
+        lines.append(f"| {seed} | {scores[-1]:.2f} |")
+    return [*lines, f"| mean, least, most | {np.mean(scores):.2f}, {min(scores):.2f}, {max(scores):.2f} |"]
 
 
 def regmix_scores(name: str, blocks: tuple[str, ...], train: Runs, test: Runs, count: int) -> str:
@@ -205,8 +246,8 @@ def regmix_scores(name: str, blocks: tuple[str, ...], train: Runs, test: Runs, c
 
 def students(options: argparse.Namespace) -> list[str]:
     """Bits per byte by mixture and domain, then the differences seed by seed."""
-    mix(str(options.plan))
-    plan = load_mix_plan(options.plan)
+    mix(str(options.plan), output=options.output)
+    plan = load_mix_plan(options.plan, output=options.output)
     found = tomllib.loads((plan.folder / "weights.toml").read_text())["data"]["datasets"]
     tokens = natural_tokens(plan)
     mixtures = {"ours": np.array([table["weight"] for table in found])} | baseline_weights(
@@ -266,26 +307,21 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser = section_parser(__doc__, SECTIONS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=50_000, help="of `simulate` in the section influence")
     parser.add_argument("--regressors", nargs="+", choices=REGRESSORS, default=list(REGRESSORS), help="of regmix")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES), help="of regmix")
+    parser.add_argument("--neural-seeds", type=int, default=5, help="of regmix")
     parser.add_argument("--tokens", type=Path, default=ROOT / "outputs/debug/tokens", help="prepared debug corpora")
     plan = ROOT / "train_configs/debug/0_data_mix.toml"
     parser.add_argument("--plan", type=Path, default=plan, help="of `mix`, for students")
+    parser.add_argument("--output", help="folder of `mix`, for students, instead of the plan's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of students, at least two")
     parser.add_argument("--steps", type=int, default=200, help="of students")
-    parser.add_argument("--write", type=Path, help="Markdown file")
     options = parser.parse_args()
-    lines = ["# Data mixing", "", *describe(["numpy", "numba", "scikit-learn", "scipy"])]
-    print("\n".join(lines), flush=True)
-    for name in options.only:
-        section = ["", f"## {name}", "", *SECTIONS[name](options)]
-        print("\n".join(section), flush=True)
-        lines += section
-    if options.write:
-        options.write.write_text("\n".join(lines) + "\n")
+    head = ["# Data mixing", "", *describe(["numpy", "numba", "scikit-learn", "scipy"])]
+    write_sections(head, {name: partial(SECTIONS[name], options) for name in options.only}, options.write)
 
 
 if __name__ == "__main__":

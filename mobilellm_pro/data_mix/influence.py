@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mobilellm_pro.data_mix.ngram_model import DomainModel, NgramSettings
+from mobilellm_pro.repeated_names import repeated
 
 NO_DOMAIN = -1
 """As `own`: of a sample that no model learns."""
@@ -120,7 +121,7 @@ def check_names(names: Sequence[str], what: str) -> None:
     """Raises ValueError where a name is empty or comes twice; `what` says of what, for the message."""
     if "" in names:
         raise ValueError(f"{what}: a name is empty: give each one a name")
-    if twice := sorted({name for name in names if list(names).count(name) > 1}):
+    if twice := repeated(names):
         raise ValueError(f"{what}: the name {twice[0]!r} is given {list(names).count(twice[0])} times: expected once")
 
 

@@ -18,7 +18,11 @@ Names: S slots, N order, T tokens of a sample, B samples; orders count from 0 he
 """
 
 import numpy as np
-from numba import njit
+
+from mobilellm_pro.data_mix.optional_packages import check_packages
+
+check_packages()  # before numba is missed, whose own error would not say how to get it
+from numba import njit  # noqa: E402
 
 NODE = np.dtype(
     [("key", "<i8"), ("count", "<i8"), ("followed", "<i8"), ("pool_count", "<i4"), ("pool_followed", "<i4")]

@@ -7,6 +7,7 @@ import numpy as np
 
 from mobilellm_pro.data_mix.regression import SUM_TOLERANCE
 from mobilellm_pro.data_mix.regressor import MIN_RUNS
+from mobilellm_pro.repeated_names import repeated
 
 OUTLIER_SPREADS = 10.0
 """A loss this many robust standard deviations above the median of its target comes from a run that diverged."""
@@ -70,8 +71,7 @@ def _repeated(calibration: Calibration) -> list[str]:
     return [
         f"the {kind} name {name!r} occurs twice: give each a name of its own"
         for kind, names in groups.items()
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
+        for name in repeated(names)
     ]
 
 

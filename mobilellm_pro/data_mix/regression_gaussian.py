@@ -8,19 +8,39 @@ plus noise^2 on the diagonal. A loss is a smooth function of the logs and roots 
 matter: the lengths l_f are learned, one a feature, which switches features off. They, s and the noise maximise the
 marginal likelihood times a wide log-normal prior; without the prior 32 lengths would overfit 16 runs.
 
-Equations: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2.25, 2.26 and 5.9.
+A draw from the posterior is a draw from the prior that is corrected by what the runs say (Matheron's rule):
+
+    f(z) + k(z, Z) (K + noise^2 I)^-1 (y - f(Z) - e),   e ~ N(0, noise^2)
+
+with the prior's f a sum of `_WAVES` random cosines, whose frequencies follow the kernel's spectrum: a Student t with 5
+degrees of freedom, as 2.5 is its smoothness.
+
+Equations: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2.25, 2.26 and 5.9; Wilson et al.,
+"Efficiently Sampling Functions from Gaussian Process Posteriors", 2020; Rahimi and Recht, "Random Features", 2007.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mobilellm_pro.data_mix.regressor import Scale, checked_features, checked_tables, on_threads
+from mobilellm_pro.data_mix.regressor import (
+    NOT_FITTED,
+    Prediction,
+    Scale,
+    checked_features,
+    checked_tables,
+    on_threads,
+    single_threaded,
+)
 
 _LOG_BOUND = 9.0
 _PRIOR_SPREAD = 2.0
 """Of the logarithm of every length: a factor e^2 is one standard deviation."""
+_WAVES = 512
+"""Of a draw: beyond some hundreds the deviation of many draws is that of the posterior."""
+_NOISE_FLOOR = 1e-8
 
 
 @dataclass
@@ -55,14 +75,32 @@ class GaussianProcess:
         mean, std = (np.stack(columns, axis=1) for columns in zip(*both))
         return self._scales[1].undo(mean), std * self._scales[1].spread
 
+    def draw(self, seed: int) -> Prediction:
+        """See `Regressor.draw`; targets are independent."""
+        if self._scales is None:
+            raise ValueError(NOT_FITTED)
+        scales, known = self._scales, self._inputs
+        rngs = np.random.default_rng(seed).spawn(len(self._posteriors))
+        with single_threaded():
+            draws = [posterior.draw(known, rng) for posterior, rng in zip(self._posteriors, rngs, strict=True)]
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            inputs = scales[0].apply(checked_features(features, known.shape[1]))
+            with single_threaded():
+                return scales[1].undo(np.stack([draw(inputs) for draw in draws], axis=1))
+
+        return predict
+
 
 @dataclass(frozen=True)
 class _Posterior:
-    """Of one target: parameters [F + 2] (log lengths, log s^2, log noise^2), Cholesky factor [N, N], weights [N]."""
+    """Of one target: parameters [F + 2] (log lengths, log s^2, log noise^2), Cholesky factor [N, N], weights [N] and
+    the target [N] itself, scaled."""
 
     parameters: np.ndarray
     factor: np.ndarray
     weights: np.ndarray
+    target: np.ndarray
 
     def at(self, inputs: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation, [M] each, at scaled features [M, F]."""
@@ -72,6 +110,25 @@ class _Posterior:
         explained = solve_triangular(self.factor, covariance_MN.T, lower=True)
         variance = np.exp(self.parameters[-2]) + 1 - (explained**2).sum(0)
         return covariance_MN @ self.weights, np.sqrt(np.maximum(variance, 0))
+
+    def draw(self, known: np.ndarray, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+        """A function of the posterior: scaled features [M, F] -> scaled losses [M]."""
+        from scipy.linalg import cho_solve
+
+        prior = _prior_draw(self.parameters, rng)
+        errors = np.sqrt(np.exp(self.parameters[-1]) + _NOISE_FLOOR) * rng.normal(size=len(known))
+        weights = cho_solve((self.factor, True), self.target - prior(known) - errors)
+        return lambda inputs: prior(inputs) + (_kernel(inputs, known, self.parameters)[0] + 1) @ weights
+
+
+def _prior_draw(parameters: np.ndarray, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of the prior: scaled features [M, F] -> [M]."""
+    heavy_tails = np.sqrt(5 / rng.chisquare(5, size=(_WAVES, 1)))
+    frequencies_WF = rng.normal(size=(_WAVES, len(parameters) - 2)) * heavy_tails * np.exp(-parameters[:-2])
+    phases, sizes = rng.uniform(0, 2 * np.pi, size=_WAVES), rng.normal(size=_WAVES)
+    sizes *= np.sqrt(2 / _WAVES * np.exp(parameters[-2]))
+    constant = rng.normal()
+    return lambda inputs: constant + np.cos(inputs @ frequencies_WF.T + phases) @ sizes
 
 
 def _kernel(left: np.ndarray, right: np.ndarray, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,13 +160,13 @@ def _fit(inputs: np.ndarray, target: np.ndarray, max_iterations: int) -> _Poster
     arguments = (inputs, target, mean, precision)
     parameters = minimize(_loss, mean, arguments, jac=True, method="L-BFGS-B", options=options, bounds=bounds).x
     factor = cholesky(_covariance(inputs, parameters)[0], lower=True)
-    return _Posterior(parameters, factor, cho_solve((factor, True), target))
+    return _Posterior(parameters, factor, cho_solve((factor, True), target), target)
 
 
 def _covariance(inputs: np.ndarray, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the observed losses [N, N], with the kernel and its derivative."""
     kernel, slope = _kernel(inputs, inputs, parameters)
-    noise = np.exp(parameters[-1]) + 1e-8
+    noise = np.exp(parameters[-1]) + _NOISE_FLOOR
     return kernel + 1 + noise * np.eye(len(inputs)), kernel, slope
 
 

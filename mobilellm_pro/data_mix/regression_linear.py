@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mobilellm_pro.data_mix.regressor import Scale, checked_features, checked_tables, single_threaded
+from mobilellm_pro.data_mix.regressor import (
+    NOT_FITTED,
+    Prediction,
+    Scale,
+    checked_features,
+    checked_tables,
+    single_threaded,
+)
 
 _PENALTIES = np.logspace(-6, 4, 41)
 
@@ -47,6 +54,21 @@ class Linear:
         with single_threaded():
             std = np.stack([np.sqrt(((inputs @ root) ** 2).sum(1)) for root in self._roots], axis=1)
             return self._scales[1].undo(inputs @ self._slopes), std * self._scales[1].spread
+
+    def draw(self, seed: int) -> Prediction:
+        """See `Regressor.draw`: slopes from their posterior."""
+        if self._scales is None:
+            raise ValueError(NOT_FITTED)
+        scales, rng = self._scales, np.random.default_rng(seed)
+        shifts = [root @ rng.normal(size=root.shape[1]) for root in self._roots]
+        slopes = self._slopes + np.stack(shifts, axis=1)
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            inputs = scales[0].apply(checked_features(features, len(slopes)))
+            with single_threaded():
+                return scales[1].undo(inputs @ slopes)
+
+        return predict
 
 
 def _ridge(

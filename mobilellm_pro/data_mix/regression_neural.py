@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mobilellm_pro.data_mix.regressor import Scale, checked_features, checked_tables, single_threaded
+from mobilellm_pro.data_mix.regressor import (
+    NOT_FITTED,
+    Prediction,
+    Scale,
+    checked_features,
+    checked_tables,
+    single_threaded,
+)
 
 
 @dataclass
@@ -52,27 +59,41 @@ class NeuralEnsemble:
 
     def predict_members(self, features: np.ndarray) -> np.ndarray:
         """Of each member: [members, M, T]."""
+        return self._predict(self._parameters, features)
+
+    def draw(self, seed: int) -> Prediction:
+        """See `Regressor.draw`: a member."""
+        if self._scales is None:
+            raise ValueError(NOT_FITTED)
+        chosen = int(np.random.default_rng(seed).integers(self.members))
+        parameters = [tensor[chosen : chosen + 1] for tensor in self._parameters]
+        return lambda features: self._predict(parameters, features)[0]
+
+    def _predict(self, parameters: list[torch.Tensor], features: np.ndarray) -> np.ndarray:
         features = checked_features(features, self._parameters[0].shape[1] if self._scales else None)
         assert self._scales is not None
         inputs = torch.from_numpy(self._scales[0].apply(features)).float()
         with single_threaded(), torch.no_grad():
-            outputs = _forward(self._parameters, inputs.expand(self.members, -1, -1))
+            outputs = _forward(parameters, inputs.expand(len(parameters[0]), -1, -1))
         return self._scales[1].undo(outputs.double().numpy())
 
     def _train(self, inputs: torch.Tensor, wanted: torch.Tensor) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         matrices, biases = self._initial(inputs.shape[1], wanted.shape[1], generator)
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": biases, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         order = torch.empty(self.members, 0, dtype=torch.long)
         count = min(self.batch_runs, len(inputs))
+        seen, known = inputs.expand(self.members, -1, -1), wanted  # all runs, where one step takes all
         for _ in range(self.steps):
-            if order.shape[1] < count:
-                order = torch.stack([torch.randperm(len(inputs), generator=generator) for _ in range(self.members)])
-            runs, order = order[:, :count], order[:, count:]
+            if count < len(inputs):
+                if order.shape[1] < count:
+                    order = torch.stack([torch.randperm(len(inputs), generator=generator) for _ in range(self.members)])
+                runs, order = order[:, :count], order[:, count:]
+                seen, known = inputs[runs], wanted[runs]
             optimizer.zero_grad()
-            error = _forward([*matrices, *biases], inputs[runs]) - wanted[runs]
+            error = _forward([*matrices, *biases], seen) - known
             (error.square().mean() * self.members).backward()  # a member's step does not depend on their number
             optimizer.step()
             schedule.step()

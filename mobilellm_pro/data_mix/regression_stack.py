@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mobilellm_pro.data_mix.regression_score import out_of_fold
-from mobilellm_pro.data_mix.regressor import Regressor, checked_features, checked_tables
+from mobilellm_pro.data_mix.regressor import NOT_FITTED, Prediction, Regressor, checked_features, checked_tables
 
 
 @dataclass
@@ -50,6 +50,20 @@ class Stack:
         shares = self.shares[:, None, :]
         mean = (shares * means).sum(0)
         return mean, np.sqrt((shares * (stds**2 + (means - mean) ** 2)).sum(0))
+
+    def draw(self, seed: int) -> Prediction:
+        """See `Regressor.draw`: for each target a draw of one member, which is chosen with its share as probability."""
+        if self._num_features is None:
+            raise ValueError(NOT_FITTED)
+        rng = np.random.default_rng(seed)
+        chosen = [int(rng.choice(len(shares), p=shares)) for shares in self.shares.T]
+        draws = {number: self._members[number].draw(seed) for number in sorted(set(chosen))}
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            tables = {number: draw(features) for number, draw in draws.items()}
+            return np.stack([tables[number][:, target] for target, number in enumerate(chosen)], axis=1)
+
+        return predict
 
 
 def _shares(unseen: np.ndarray, target: np.ndarray) -> np.ndarray:

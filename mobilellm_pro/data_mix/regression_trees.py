@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mobilellm_pro.data_mix.regressor import checked_features, checked_tables, on_threads
+from mobilellm_pro.data_mix.regressor import NOT_FITTED, Prediction, checked_features, checked_tables, on_threads
 
 
 @dataclass
@@ -41,6 +41,19 @@ class BoostedTrees:
         features = checked_features(features, self._num_features)
         outputs = np.array([[one.predict(features) for one in members] for members in self._boosted])
         return outputs.mean(1).T, outputs.std(1).T
+
+    def draw(self, seed: int) -> Prediction:
+        """See `Regressor.draw`: a member of each target, all of the same number."""
+        if self._num_features is None:
+            raise ValueError(NOT_FITTED)
+        boosted, num_features = self._boosted, self._num_features
+        chosen = int(np.random.default_rng(seed).integers(self.members))
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            features = checked_features(features, num_features)
+            return np.stack([members[chosen].predict(features) for members in boosted], axis=1)
+
+        return predict
 
     def _fit_one(self, features: np.ndarray, target: np.ndarray) -> list[Any]:
         from sklearn.ensemble import GradientBoostingRegressor

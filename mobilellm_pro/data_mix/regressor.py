@@ -1,5 +1,8 @@
 """What every regressor over mixtures is: fitted on N calibration runs, it predicts T losses of mixtures and its doubt.
 
+The doubt comes in two forms: a standard deviation at each mixture, and draws. A draw is one whole function of mixtures
+that the fit holds possible, the same wherever it is asked; what is best by a draw is a best that is possible.
+
 Also here what all of them do first: check their tables, bring columns to one scale, and run single-threaded so that a
 fit depends on the seed alone. BLAS sums in another order on another number of threads; a fit therefore gives each
 target a thread of its own, and every call inside is single-threaded.
@@ -8,6 +11,7 @@ target a thread of its own, and every call inside is single-threaded.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import local
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +21,10 @@ MIN_RUNS = 4
 """Fewer runs than this say nothing about a mixture that was not among them."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+NOT_FITTED = "the regressor was not fitted: call fit first"
+Prediction = Callable[[np.ndarray], np.ndarray]
+"""Features [M, F] -> losses [M, T]."""
+_thread = local()
 
 
 class Regressor(Protocol):
@@ -35,6 +43,19 @@ class Regressor(Protocol):
 
         Raises:
             ValueError: not fitted, or another number of features than in `fit`.
+        """
+
+    def draw(self, seed: int) -> Prediction:
+        """One of the functions that the fit holds possible: a member of the ensemble, or a draw from the posterior.
+
+        Over many seeds its mean and standard deviation at a mixture are those of `predict`. Where the targets have
+        posteriors of their own, they are drawn independently of each other.
+
+        Args:
+            seed: that the draw depends on, beside the fit.
+
+        Raises:
+            ValueError: not fitted; when it is called, another number of features than in `fit`.
         """
 
 
@@ -86,7 +107,7 @@ def checked_features(features: np.ndarray, num_features: int | None) -> np.ndarr
         ValueError: see `Regressor.predict`.
     """
     if num_features is None:
-        raise ValueError("the regressor was not fitted: call fit first")
+        raise ValueError(NOT_FITTED)
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or features.shape[1] != num_features:
         raise ValueError(f"the regressor was fitted on {num_features} features, found a table of {features.shape}")
@@ -95,15 +116,20 @@ def checked_features(features: np.ndarray, num_features: int | None) -> np.ndarr
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Inside, BLAS, OpenMP and torch use one thread each."""
+    """Inside, BLAS, OpenMP and torch use one thread each; where that is so already, it costs nothing."""
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
+    if getattr(_thread, "is_single", False):
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _thread.is_single = True
     try:
-        with threadpool_limits(1):
+        with threadpool_limits(1):  # looks through all libraries of the process: milliseconds
             yield
     finally:
+        _thread.is_single = False
         torch.set_num_threads(threads)
 
 

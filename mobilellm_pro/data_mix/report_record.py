@@ -5,10 +5,8 @@ again from the JSON file alone.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import numpy as np
 from mobilellm_pro.data_mix.influence_curve import InfluenceCurve, utility_curve
 from mobilellm_pro.data_mix.regression_score import rank_correlation
 from mobilellm_pro.data_mix.weights import WeightResult
+from mobilellm_pro.repeated_names import repeated
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class MixReport:
     def __post_init__(self) -> None:
         """Raises ValueError: parts that do not fit each other."""
         names = self.sources
-        problems = [f"the source {name!r} occurs twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        problems = [f"the source {name!r} occurs twice" for name in repeated(names)]
         problems += [
             f"baselines.{name}: {len(shares)} weights for {len(names)} sources"
             for name, shares in self.baselines.items()
@@ -174,13 +173,3 @@ def prediction_record(
         }
         for number, target in enumerate(targets)
     }
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ A file holds the samples between two saved states and is named by the first of t
 simulation writes the same files.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from mobilellm_pro.atomic_file import replacement
 from mobilellm_pro.data_mix.simulation_order import Sample
 
 PATTERN = "samples-*.parquet"
@@ -51,7 +51,7 @@ class InfluenceExport:
                 f"{folder}: has {held} of the {num_samples} samples that the simulation has read: put the files back, "
                 "or delete them and the saved state"
             )
-        for stale in set(files) - set(kept):
+        for stale in (*set(files) - set(kept), *folder.glob(f"{PATTERN}.*.tmp")):
             stale.unlink()
 
     def add(self, sample: Sample, influence_K: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class InfluenceExport:
         self._influence.append(influence_K)
 
     def write(self) -> None:
-        """Writes what was added since the last time as one file, under a temporary name that is then changed."""
+        """Writes what was added since the last time as one file, by rename."""
         if not self._rows:
             return
         source, sample, tokens = np.array(self._rows, np.int64).T
@@ -71,11 +71,7 @@ class InfluenceExport:
             "tokens": tokens.astype(np.int32),
         } | {f"influence {name}": influence_BK[:, number] for number, name in enumerate(self._domains)}
         path = self._folder / f"samples-{self._first:012d}.parquet"
-        temporary = path.with_suffix(".tmp")
-        try:
+        with replacement(path) as temporary:
             parquet.write_table(pyarrow.table(columns), temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._first += len(self._rows)
         self._rows, self._influence = [], []

@@ -5,18 +5,19 @@ of what differs, because a curve of two halves that do not belong together would
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from mobilellm_pro.atomic_file import replacement
+
 _IDENTITY = "identity"
 
 
 def write_state(path: Path, identity: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the file under a temporary name and renames it.
+    """Writes the file as a whole.
 
     Args:
         path: ends in .npz; its folder is made if need be.
@@ -24,15 +25,8 @@ def write_state(path: Path, identity: Mapping[str, str], arrays: Mapping[str, np
         arrays: by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{_IDENTITY: np.array(json.dumps(dict(identity))), **arrays})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacement(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{_IDENTITY: np.array(json.dumps(dict(identity))), **arrays})
 
 
 def read_state(path: Path, identity: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -11,7 +11,6 @@ gives the natural share, a low one all to the best corpora up to their caps. It 
 whose utility is one temperature higher is sampled e times as often against its natural share.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mobilellm_pro.data_mix.mixture_file import dataset_table
 from mobilellm_pro.data_mix.weights_simplex import (
     DECIMALS,
     UNITS,
@@ -213,9 +213,8 @@ def datasets_fragment(result: WeightResult, paths: Mapping[str, str | Path]) -> 
         f"# most {result.epoch_cap:g} passes over a corpus, at least {result.floor:g} of each.",
     ]
     for number, (name, weight) in enumerate(zip(result.names, result.weights)):
-        path = str(paths[name])
-        lines += ["", "[[data.datasets]]", f"name = {json.dumps(name)}", f"path = {json.dumps(path)}"]
-        lines += [f"weight = {weight:.{DECIMALS}f}  # natural share {result.natural_share[number]:.4f}"]
+        said = f"{weight:.{DECIMALS}f}  # natural share {result.natural_share[number]:.4f}"
+        lines += ["", dataset_table(name, str(paths[name]), said).rstrip()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,11 @@ how far off they are. Errors of predictions from the others hold both the noise 
 misses, and are larger than the residuals of a fit to all runs, which follows the noise in part. The errors of a proxy
 stay together, because its domains err together (a run with a bad seed is bad at everything).
 
+Of the fit to each draw, a function that it holds possible is taken (`weights_utility.drawn_utility`), so that also what
+the runs leave open is in the interval, between and beyond them. The noise of the runs then counts twice, in the drawn
+losses and in the fit's doubt: by the linear regressor the 90 % in the middle held the true weights of made-up worlds
+(`tests/data_mix/test_weights_draws.py`) 98 % of the time, where the means of the fits held them 90 % of the time.
+
 Predictions of unseen runs are smoother than the runs, and a fit to a draw smooths once more. The weights of the draws
 may therefore all lie on one side of the weight itself, towards mixtures that are more alike in utility.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mobilellm_pro.data_mix.regressor import single_threaded
 from mobilellm_pro.data_mix.weights import MixProblem, WeightResult
 from mobilellm_pro.data_mix.weights_simplex import UNITS, fill
 from mobilellm_pro.data_mix.weights_utility import Utility, source_gains
@@ -32,7 +33,7 @@ def searched_weights(
     Args:
         problem: corpora, limits, temperature.
         utility: of mixtures [M, K], e.g. `mean_utility` of several regressors.
-        draws: the same from other fits (`weights_draws`); each is searched for the interval.
+        draws: the same by other fits (`weights_draws`, `drawn_utility`); each is searched for the interval.
         num_candidates: random mixtures, beside natural share, uniform and the tilted natural share.
         seed: of the random mixtures.
 
@@ -41,9 +42,10 @@ def searched_weights(
     """
     if num_candidates < 1:
         raise ValueError(f"num_candidates = {num_candidates}: expected at least 1")
-    shares = _search(problem, utility, num_candidates, seed)
-    gains = source_gains(utility, problem.natural())
-    others = [_search(problem, draw, num_candidates, seed) for draw in draws]
+    with single_threaded():
+        candidates = _limited(problem, _around(problem.natural(), num_candidates, seed))
+        shares, *others = (_search(problem, one, candidates) for one in (utility, *draws))
+        gains = source_gains(utility, problem.natural())
     return problem.result("search", shares, gains, others)
 
 
@@ -62,11 +64,12 @@ def objective(problem: MixProblem, utility: Utility, weights: np.ndarray) -> np.
     return values - problem.temperature * (weights * np.log(ratio)).sum(1)
 
 
-def _search(problem: MixProblem, utility: Utility, num_candidates: int, seed: int) -> np.ndarray:
+def _search(problem: MixProblem, utility: Utility, random: np.ndarray) -> np.ndarray:
+    """The best found, [K], from random mixtures [M, K] within the limits."""
     natural = problem.natural()
     objective(problem, utility, natural[None])  # refuses a utility that is not finite before it is used
     known = [natural, np.full(len(natural), 1 / len(natural)), problem.tilted(source_gains(utility, natural))]
-    candidates = _limited(problem, np.concatenate((known, _around(natural, num_candidates, seed))))
+    candidates = np.concatenate((_limited(problem, np.stack(known)), random))
     values = objective(problem, utility, candidates)
     best, value, step = candidates[values.argmax()], values.max(), 0.5
     for _ in range(_MAX_ROUNDS):

@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from mobilellm_pro.repeated_names import repeated
+
 DECIMALS = 6
 """Of a weight in a TOML file."""
 UNITS = 10**DECIMALS
@@ -18,8 +20,7 @@ UNITS = 10**DECIMALS
 
 def check_corpora(names: Sequence[str], tokens: Sequence[int] | np.ndarray, train_tokens: int) -> None:
     """Raises ValueError: no corpus, names that occur twice, corpora without tokens, a run without tokens."""
-    repeated = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
-    problems = [f"the corpus name {name!r} occurs twice: give each a name of its own" for name in repeated]
+    problems = [f"the corpus name {name!r} occurs twice: give each a name of its own" for name in repeated(names)]
     if not names or len(names) != len(tokens):
         problems.append(f"expected one number of tokens for each of at least one corpus, found {len(tokens)} for "
                         f"{len(names)} names")  # fmt: skip

@@ -1,8 +1,8 @@
 r"""The utility of a mixture, U(w) = -\sum_t v_t loss_t(w), as a regressor predicts it, and its slope for each source.
 
-A `Utility` maps mixtures [M, K] to numbers [M]: the higher the better, in the unit of the losses. The intervals of the
-weights are over regressors that were fitted with other seeds to losses as they could have come out (`weights_draws`). A
-regressor's own standard deviation is not in them: who wants it to count gives `deviations`.
+A `Utility` maps mixtures [M, K] to numbers [M]: the higher the better, in the unit of the losses. The weights are by a
+regressor's mean (`regressor_utility`), their intervals are over `drawn_utility`: regressors that were fitted with other
+seeds to losses as they could have come out (`weights_draws`), and of each a function that it holds possible.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,12 +40,44 @@ def regressor_utility(
 
     def utility(weights: np.ndarray) -> np.ndarray:
         mean, std = regressor.predict(mixture_features(weights, influence, blocks))
-        counts = np.full(mean.shape[1], 1 / mean.shape[1]) if values is None else np.asarray(values, np.float64)
-        if counts.shape != (mean.shape[1],) or not (counts >= 0).all() or counts.sum() == 0:
-            raise ValueError(f"values: expected {mean.shape[1]} numbers of at least 0, not all 0, found {values}")
+        counts = _counts(values, mean.shape[1])
         return -(mean @ counts) + deviations * (std @ counts)
 
     return utility
+
+
+def drawn_utility(
+    regressor: Regressor,
+    seed: int,
+    *,
+    values: Sequence[float] | np.ndarray | None = None,
+    influence: np.ndarray | None = None,
+    blocks: Sequence[str] = ("logs", "roots"),
+) -> Utility:
+    """The utility by one function that a fitted regressor holds possible.
+
+    Args:
+        regressor, values, influence, blocks: see `regressor_utility`.
+        seed: of the draw, see `Regressor.draw`.
+
+    Raises:
+        ValueError: not fitted; `values` as there, when the utility is called.
+    """
+    draw = regressor.draw(seed)
+
+    def utility(weights: np.ndarray) -> np.ndarray:
+        losses = draw(mixture_features(weights, influence, blocks))
+        return -(losses @ _counts(values, losses.shape[1]))
+
+    return utility
+
+
+def _counts(values: Sequence[float] | np.ndarray | None, num_targets: int) -> np.ndarray:
+    """[T] what each target counts; raises ValueError where that does not fit."""
+    counts = np.full(num_targets, 1 / num_targets) if values is None else np.asarray(values, np.float64)
+    if counts.shape != (num_targets,) or not (counts >= 0).all() or counts.sum() == 0:
+        raise ValueError(f"values: expected {num_targets} numbers of at least 0, not all 0, found {values}")
+    return counts
 
 
 def mean_utility(utilities: Sequence[Utility]) -> Utility:

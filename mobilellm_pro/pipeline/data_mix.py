@@ -21,7 +21,12 @@ from mobilellm_pro.pipeline.data_mix_plan import MixPlan, load_mix_plan
 from mobilellm_pro.pipeline.data_mix_simulation import run_simulation
 
 
-def mix(plan: str, *, only: Literal["simulate", "calibrate", "fit", "weights"] | None = None) -> None:
+def mix(
+    plan: str,
+    *,
+    output: str | None = None,
+    only: Literal["simulate", "calibrate", "fit", "weights"] | None = None,
+) -> None:
     """Find the sampling weights of a mixture of corpora, by simulation and small runs, and write them with a report.
 
     What is done already is not done again: a finished simulation is read, an interrupted one goes on, finished proxies
@@ -29,6 +34,7 @@ def mix(plan: str, *, only: Literal["simulate", "calibrate", "fit", "weights"] |
 
     Args:
         plan: TOML file: corpora, validation domains, the proxies' job, settings of each step.
+        output: folder for everything, instead of the plan's.
         only: this step, on what the earlier ones have left (`weights` also fits where fit.json does not belong to
             it: that needs no proxy); default: all of them.
 
@@ -41,7 +47,7 @@ def mix(plan: str, *, only: Literal["simulate", "calibrate", "fit", "weights"] |
             other settings than those that a step in this folder was begun with, a proxy's mixture that has changed
             since it ran.
     """
-    loaded = load_mix_plan(plan)
+    loaded = load_mix_plan(plan, output=output)
     if only in (None, "weights"):
         mix_problem(loaded)  # caps that cannot be met are better known before the proxies than after them
     for name, step in STEPS.items():

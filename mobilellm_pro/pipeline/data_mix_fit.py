@@ -4,8 +4,9 @@ A mixture is described to the regressors by logs and roots of its weights and by
 (`data_mix.regression`); beside that stands the same without influence, which is RegMix's way. All are judged alike:
 every proxy is predicted from all the others.
 
-The interval of a weight is over `fit.draws` fits, each with another seed and to losses as the proxies could have come
-out (`data_mix.weights_draws`).
+The interval of a weight is over `fit.draws` utilities: a fit with another seed to losses as the proxies could have come
+out (`data_mix.weights_draws`), and of that fit one function that it holds possible, a member of the ensemble or a draw
+from the posterior (`Regressor.draw`).
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from mobilellm_pro.data_mix.weights import (
 )
 from mobilellm_pro.data_mix.weights_draws import drawn_losses
 from mobilellm_pro.data_mix.weights_search import searched_weights
-from mobilellm_pro.data_mix.weights_utility import Utility, regressor_utility, source_gains
+from mobilellm_pro.data_mix.weights_utility import Utility, drawn_utility, regressor_utility, source_gains
 from mobilellm_pro.pipeline.data_mix_calibration import read_calibration
 from mobilellm_pro.pipeline.data_mix_folder import (
     FIT,
@@ -48,16 +49,21 @@ from mobilellm_pro.pipeline.data_mix_simulation import natural_tokens, read_curv
 UTILITY = "utility"
 ALONE = "weights alone"
 PAGE = f"{NAME}.html"
-_INTERVAL = "residual bootstrap"  # weights with intervals of another kind are made again
+_INTERVAL = "residual bootstrap x draws of the regressor"  # weights with intervals of another kind are made again
 _NOTES = (
     "Utility is minus the weighted mean of the proxies' bits per byte on the held-out text of the domains. The pools "
     "of the simulation are drawn from the same held-out text.",
     "Proxies are small and short: that their order of mixtures holds for a larger model is an assumption.",
     "Ours is the maximum of the very utility that judges it here, so its predicted utility is too high: expect a "
     "smaller gain over the others. Only a run on each mixture says which is better.",
-    "An interval is over fits with other seeds to other losses: what each proxy is predicted from all the others, plus "
-    "the error of such a prediction at a random proxy. It holds the noise of the proxies, their seeds among it, and "
-    "what the regressor misses; not how a larger model differs from the proxies.",
+    "An interval is over fits with other seeds to other losses (what each proxy is predicted from all the others, plus "
+    "the error of such a prediction at a random proxy), and in each over what that fit holds possible: a member of the "
+    "ensemble, or a draw from the posterior. It holds the noise of the proxies, their seeds among it, what the "
+    "regressor misses and where it has seen no proxy; not how a larger model differs from the proxies. The noise is in "
+    "the drawn losses and once more in the fit's own doubt, so the interval is too wide rather than too narrow.",
+    "The losses that are drawn are smoother than those measured: predictions of unseen proxies differ less than the "
+    "proxies do, and a fit to them smooths once more. The weights of the draws may therefore all lie on one side of "
+    "the weight, nearer to the natural share; the interval is widened to hold the weight.",
     "Influence is the change of a mean over the orders of the n-grams: each order has a cross entropy of its own, "
     "smoothed with a fixed base distribution. The orders are not interpolated with each other; the mean bounds the "
     "cross entropy of their mixture from above, and was chosen because its change by a sample is exact at little cost.",
@@ -146,6 +152,7 @@ def find_weights(plan: MixPlan) -> dict[str, Any]:
     utility, result = _solve(plan, problem, data, data.influence, list(drawn))
     _, alone = _solve(plan, problem, data, None, [])  # no interval of it is shown
     baselines = {**baseline_weights(problem.names, problem.tokens), f"regression on {ALONE}": alone.weights}
+    (plan.folder / WEIGHTS_RECORD).unlink(missing_ok=True)  # of other settings: not beside a half of these files
     _report(plan, data, judged, result, baselines, utility)
     write_text(plan.folder / WEIGHTS, datasets_fragment(result, paths))
     record: dict[str, Any] = {"made_of": made_of, "method": result.method, "weights": result.explain()}
@@ -202,13 +209,12 @@ def _solve(
     """
     features, maker = mixture_features(data.weights, influence), REGRESSORS[plan.fit.regressor]
 
-    def utility_of(seed: int, losses: np.ndarray) -> Utility:
-        fitted = maker(seed).fit(features, losses)
-        return regressor_utility(fitted, values=data.values, influence=influence)
-
-    utility = utility_of(plan.seed, data.losses)
-    progress = tqdm(drawn, desc="weights", unit="fit", disable=None if drawn else True)
-    draws = [utility_of(plan.seed + 1 + draw, losses) for draw, losses in enumerate(progress)]
+    fitted = maker(plan.seed).fit(features, data.losses)
+    utility = regressor_utility(fitted, values=data.values, influence=influence)
+    draws = []
+    for seed, losses in enumerate(tqdm(drawn, desc="weights", unit="fit", disable=None if drawn else True), plan.seed):
+        fitted = maker(seed + 1).fit(features, losses)
+        draws.append(drawn_utility(fitted, seed + 1, values=data.values, influence=influence))
     if plan.weights.method == "search":
         return utility, searched_weights(problem, utility, draws, seed=plan.seed)
     at = problem.natural()

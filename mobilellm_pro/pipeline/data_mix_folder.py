@@ -13,13 +13,13 @@ mix_report.html    all of it on one page; mix_report.json, *.png: the same for p
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mobilellm_pro.data.claimed_file import write_if_absent
+from mobilellm_pro.atomic_file import write_atomically
+from mobilellm_pro.data.claimed_file import agree_on_settings
 from mobilellm_pro.data.shards import Corpus
-from mobilellm_pro.training.run_folder import write_atomically
 
 SETTINGS, SIMULATION, CURVES, CALIBRATION = "settings.json", "simulation.npz", "curves.npz", "calibration.json"
 FIT, WEIGHTS, WEIGHTS_RECORD = "fit.json", "weights.toml", "weights.json"
@@ -37,24 +37,9 @@ def agree(folder: Path, step: str, settings: Mapping[str, Any], *, begin: bool =
     Raises:
         ValueError: they differ; names each difference.
     """
-    path = folder / f"{step}_{SETTINGS}"
-    own = json.loads(json.dumps(settings))
-    if begin:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_if_absent(path, json.dumps(own, indent=2) + "\n")
-    elif not path.is_file():
-        return
-    found = json.loads(path.read_text())
-    lines = [
-        f"  {key}: {found.get(key)!r} there, {own.get(key)!r} now"
-        for key in {**found, **own}
-        if found.get(key) != own.get(key)
-    ]
-    if lines:
-        raise ValueError(
-            f"{path}: {step} was begun with other settings:\n" + "\n".join(lines) + "\n"
-            "choose another output, remove the folder, or go on with its settings"
-        )
+    said = f"{step} was begun with other settings"
+    cure = "choose another output, remove the folder, or go on with its settings"
+    agree_on_settings(folder / f"{step}_{SETTINGS}", settings, said=said, cure=cure, begin=begin)
 
 
 def content(corpus: Corpus) -> str:
@@ -88,21 +73,3 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != text:
         write_atomically(path, text)
-
-
-def datasets_text(tables: Sequence[tuple[str, str, float]]) -> str:
-    """[[data.datasets]] tables for `data.mix`.
-
-    Args:
-        tables: name, path and weight of each corpus.
-    """
-    blocks = [
-        f"[[data.datasets]]\nname = {_quoted(name)}\npath = {_quoted(path)}\nweight = {weight!r}\n"
-        for name, path, weight in tables
-    ]
-    return "\n".join(blocks)
-
-
-def _quoted(text: str) -> str:
-    """As TOML; it knows no pairs of surrogates, and wants the delete character escaped, which JSON does not."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -15,12 +15,13 @@ Paths of corpora are relative to the working directory, as in a job; that of the
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mobilellm_pro.config import ConfigError, JobConfig, Problem
+from mobilellm_pro.config.table_arrays import missing_or_repeated
 from mobilellm_pro.config.typed_values import check_table
 from mobilellm_pro.data_mix.ngram_table import MAX_SLOTS
 from mobilellm_pro.data_mix.regression import REGRESSORS
@@ -79,8 +80,12 @@ class MixPlan:
         return [domain for domain in self.domains if domain.name not in self.names]
 
 
-def load_mix_plan(path: str | Path) -> MixPlan:
+def load_mix_plan(path: str | Path, *, output: str | Path | None = None) -> MixPlan:
     """Reads the file and the job of its proxies.
+
+    Args:
+        path: of the file.
+        output: folder for everything, instead of the file's.
 
     Raises:
         ConfigError: with all problems of both.
@@ -88,7 +93,7 @@ def load_mix_plan(path: str | Path) -> MixPlan:
     path = Path(path)
     values, problems = check_table(MixTable, read_toml(path, "corpora and settings of `mix`"), str(path))
     tables = {name: table(**values.pop(name, {})) for name, table in _SECTIONS.items()}
-    file = MixTable(**values, **tables)
+    file = MixTable(**{**values, **({} if output is None else {"output": str(output)})}, **tables)
     job = Path(os.path.normpath(path.parent / file.proxy.job))
     problems += _problems(file, str(path))
     base = None
@@ -125,8 +130,8 @@ def _problems(file: MixTable, source: str) -> Iterator[Problem]:
         )
     if len(file.corpus) < 2:
         yield Problem(source, "corpus", f"{len(file.corpus)} tables", "at least two [[corpus]] tables to mix")
-    yield from _named(file.corpus, "corpus", source)
-    yield from _named(file.domain, "domain", source)
+    for kind, tables in (("corpus", file.corpus), ("domain", file.domain)):
+        yield from missing_or_repeated(tables, kind, source, given=("name", "path"), unique=("name",))
     paths = {corpus.name: corpus.path for corpus in file.corpus}
     for number, domain in enumerate(file.domain):
         key = f"domain[{number}]"
@@ -138,17 +143,6 @@ def _problems(file: MixTable, source: str) -> Iterator[Problem]:
     if file.domain and not any(domain.weight > 0 for domain in file.domain):
         yield Problem(source, "domain", "weights that are all 0", "one above 0: they make the utility")
     yield from _range_problems(file, source)
-
-
-def _named(tables: Sequence[Any], kind: str, source: str) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for number, table in enumerate(tables):
-        for key in ("name", "path"):
-            if not getattr(table, key):
-                yield Problem(source, f"{kind}[{number}].{key}", "nothing", f"the {kind}'s {key}")
-        if table.name and table.name in seen:
-            yield Problem(source, f"{kind}[{number}].name", f'"{table.name}" a second time', f"one name for one {kind}")
-        seen.add(table.name)
 
 
 def _range_problems(file: MixTable, source: str) -> Iterator[Problem]:

@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from mobilellm_pro.config import load
+from mobilellm_pro.data_mix.mixture_file import datasets_text
 from mobilellm_pro.data_mix.weights_simplex import UNITS, decimal_shares
 from mobilellm_pro.evaluation.held_out import held_out
-from mobilellm_pro.pipeline.data_mix_folder import datasets_text, write_text
+from mobilellm_pro.pipeline.data_mix_folder import write_text
 from mobilellm_pro.pipeline.data_mix_plan import MixPlan
 from mobilellm_pro.pipeline.data_mix_simulation import natural_tokens
 from mobilellm_pro.pipeline.run_command import (
@@ -134,8 +135,9 @@ def write_mixture(plan: MixPlan, proxy: Proxy) -> None:
 
 
 def proxy_words(plan: MixPlan, proxy: Proxy) -> list[str]:
-    """The words that make the plan's job the proxy's."""
-    return [*plan.words, f"--data.mix={proxy.folder / MIXTURE}", f"--job.dump_folder={proxy.folder / 'run'}"]
+    """The words that make the plan's job the proxy's; it is tested when it has ended, so that it need not be before."""
+    own = [f"--data.mix={proxy.folder / MIXTURE}", f"--job.dump_folder={proxy.folder / 'run'}"]
+    return [*plan.words, *own, "--validation.no_enable"]
 
 
 def held_out_words(plan: MixPlan, tests: Path) -> list[str]:

@@ -6,7 +6,6 @@ n-grams, the first simulation.base_tokens of each corpus until they have been re
 simulation.save_samples samples.
 """
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mobilellm_pro.atomic_file import replacement
 from mobilellm_pro.data.packing import CorpusStream
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -104,13 +104,10 @@ def samples(corpus: Corpus, sample_tokens: int, seed: int) -> Iterator[np.ndarra
 
 
 def write_curves(folder: Path, curves: dict[str, InfluenceCurve]) -> None:
-    """Writes curves.npz under a temporary name and renames it."""
+    """Writes curves.npz by rename."""
     arrays = {f"{key}/{name}": value for name, curve in curves.items() for key, value in vars(curve).items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, names=np.array(list(curves)), **arrays)
-    temporary = folder / f"{CURVES}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(folder / CURVES)
+    with replacement(folder / CURVES) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, names=np.array(list(curves)), **arrays)
 
 
 def read_curves(folder: Path) -> dict[str, InfluenceCurve]:

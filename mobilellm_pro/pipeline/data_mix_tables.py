@@ -120,7 +120,8 @@ class FitTable:
     """Others that are judged beside it."""
 
     draws: int = 40
-    """Fits with other seeds, to losses as the proxies could have come out: intervals are over them."""
+    """Intervals are over so many fits with other seeds to losses as the proxies could have come out, and in each one
+    function that it holds possible; 0: no intervals."""
 
 
 @dataclass

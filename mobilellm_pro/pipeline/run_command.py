@@ -2,30 +2,37 @@
 
 $TRAIN_COMMAND starts a training and gets the job's file and its overrides as words (default: bash launch/train.sh);
 $EVALUATE_COMMAND is what stands before `needle ...` and `held-out ...`, as `torchrun -m mobilellm_pro`.
+
+A command must not outlive who started it: a second start would meet it in the same folder. So on Linux it is told to
+end (SIGTERM, which torchrun passes on to its ranks) as soon as this process is gone, even by SIGKILL.
 """
 
+import ctypes
 import os
 import shlex
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 TRAIN, EVALUATE = "TRAIN_COMMAND", "EVALUATE_COMMAND"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class CommandFailed(ValueError):
     """A command ended with an error; the text names its log."""
 
 
-def num_processes() -> int | None:
-    """Of a training by `launch/train.sh`; None where the user's own command decides."""
+def num_processes(per_node: int | None = None) -> int | None:
+    """Of a training by `launch/train.sh`, given $NPROC; None where the user's own command decides."""
     if TRAIN in os.environ:
         return None
-    per_node = int(os.environ.get("NPROC") or max(1, torch.cuda.device_count()))
+    per_node = per_node or int(os.environ.get("NPROC") or max(1, torch.cuda.device_count()))
     return per_node * int(os.environ.get("NNODES") or 1)
 
 
@@ -51,6 +58,56 @@ def evaluate_command(verb: str, checkpoint: Path, words: Sequence[str], options:
     return command
 
 
+def start(
+    command: Sequence[str],
+    *,
+    stdout: int | IO[Any] | None,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    own_session: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Starts a command and does not wait for it; on Linux it gets SIGTERM when the thread that called this has ended.
+
+    That is a thread's end and not only the process': call this from one that lives until the command has ended.
+
+    Args:
+        command: its words.
+        stdout: where all that it prints goes, errors too; None: where this process prints.
+        env: its whole environment; None: this process'.
+        pass_fds: open files of this process that it keeps.
+        own_session: whether a terminal's Ctrl-C shall not reach it.
+
+    Raises:
+        CommandFailed: no such program, or none that may be executed.
+    """
+    try:
+        return subprocess.Popen(
+            command,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=pass_fds,
+            start_new_session=own_session,
+            preexec_fn=_ends_with_starter(),
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        problem = "no such program" if isinstance(error, FileNotFoundError) else "may not be executed"
+        raise CommandFailed(f"{command[0]}: {problem}; correct {TRAIN} or {EVALUATE}") from None
+
+
+def _ends_with_starter() -> Callable[[], None] | None:
+    """What the child does between fork and exec; all that it needs is made ready before the fork."""
+    if sys.platform != "linux":
+        return None
+    prctl, starter = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def ask_for_signal() -> None:
+        if prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0 or os.getppid() != starter:
+            os._exit(1)  # the starter is gone already: nobody would send the signal
+
+    return ask_for_signal
+
+
 def run_logged(what: str, name: str, kind: str, command: Sequence[str], log: Path) -> None:
     """Runs a command to its end; what it prints is added to a log.
 
@@ -65,17 +122,24 @@ def run_logged(what: str, name: str, kind: str, command: Sequence[str], log: Pat
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"\n{name}: {kind}, log {log}", flush=True)
-    start = time.monotonic()
+    begin = time.monotonic()
     with log.open("a") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        try:
-            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
-        except FileNotFoundError:
-            raise CommandFailed(f"{command[0]}: no such program; correct {TRAIN} or {EVALUATE}") from None
+        status = _wait(start(command, stdout=stream))
     if status:
         raise CommandFailed(f'{what} "{name}": {kind} ended with status {status}; {log_end(log)}')
-    print(f"{name}: {kind} took {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{name}: {kind} took {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Its status; an interrupted wait, as by Ctrl-C, ends the command first: it may have files half written."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def log_end(log: Path) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from mobilellm_pro.data_mix import regression_gaussian
@@ -16,7 +17,7 @@ from mobilellm_pro.data_mix.regression_neural import NeuralEnsemble
 from mobilellm_pro.data_mix.regression_score import leave_one_out, out_of_fold, rank_correlation
 from mobilellm_pro.data_mix.regression_stack import Stack
 from mobilellm_pro.data_mix.regression_trees import BoostedTrees
-from mobilellm_pro.data_mix.regressor import Regressor
+from mobilellm_pro.data_mix.regressor import Regressor, single_threaded
 from tests.data_mix.regmix import Runs, load_runs
 
 SMALL: dict[str, Callable[[int], Regressor]] = {
@@ -122,6 +123,25 @@ def test_quick_regressors_are_those_offered():
     assert SMALL.keys() == REGRESSORS.keys()
 
 
+@pytest.mark.parametrize("name", REGRESSORS)
+def test_draws_have_the_mean_and_the_deviation_of_the_prediction(name: str, train: Runs):
+    """Over many seeds, at mixtures that were fitted and others; 300 draws err by some percent of a deviation."""
+    features, losses = mixture_features(train.weights[:24]), train.losses[:24, :2]
+    asked = mixture_features(train.weights[20:28])
+    fitted = SMALL[name](0).fit(features, losses)
+    mean, std = fitted.predict(asked)
+    with single_threaded():
+        drawn = np.stack([fitted.draw(seed)(asked) for seed in range(300)])
+    assert (np.abs(drawn.mean(0) - mean) <= 0.25 * std + 1e-12).all()
+    np.testing.assert_allclose(drawn.std(0), std, rtol=0.25)
+    one = fitted.draw(7)
+    np.testing.assert_allclose(one(asked[:3]), one(asked)[:3], rtol=1e-6)  # one function, wherever it is asked
+    with pytest.raises(ValueError, match="34 features"):
+        one(features[:, :5])
+    with pytest.raises(ValueError, match="not fitted"):
+        SMALL[name](0).draw(0)
+
+
 # Gaussian process
 
 
@@ -222,6 +242,33 @@ def test_stack_trusts_the_member_that_predicts_unseen_runs():
     np.testing.assert_allclose(mean, sum(a * m for a, (m, _) in zip(stack.shares, parts)))
     variance = sum(a * (s**2 + (m - mean) ** 2) for a, (m, s) in zip(stack.shares, parts))
     np.testing.assert_allclose(std, np.sqrt(variance))
+
+
+def test_stack_weighs_its_members_by_predictions_of_unseen_runs():
+    """A member that knows its runs by heart and nothing else gets no share."""
+
+    class Memory:
+        def fit(self, features: np.ndarray, targets: np.ndarray) -> "Memory":
+            self.known = {row.tobytes(): target for row, target in zip(features, targets, strict=True)}
+            self.other = targets.mean(0) + 3 * targets.std(0)
+            return self
+
+        def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            mean = np.stack([self.known.get(row.tobytes(), self.other) for row in features])
+            return mean, np.zeros_like(mean)
+
+    rng = np.random.default_rng(6)
+    features = rng.normal(size=(30, 3))
+    targets = features @ rng.normal(size=(3, 2)) + 0.3 * rng.normal(size=(30, 2))
+    stack = Stack({"memory": lambda seed: Memory(), "linear": Linear}, seed=2).fit(features, targets)
+    np.testing.assert_array_equal(stack._members[0].predict(features)[0], targets)
+    assert (stack.shares[1] > 0.95).all()
+    unseen = [out_of_fold(maker, features, targets, folds=4, seed=2) for maker in stack.makers.values()]
+    for target in range(2):
+        center = targets[:, target].mean()
+        table = np.stack([one[:, target] - center for one in unseen], axis=1)
+        found = nnls(table, targets[:, target] - center)[0]
+        np.testing.assert_allclose(stack.shares[:, target], found / found.sum())
 
 
 def test_out_of_fold_predictions_never_saw_the_run():

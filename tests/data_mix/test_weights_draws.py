@@ -6,9 +6,10 @@ import pytest
 from mobilellm_pro.data_mix.regression import mixture_features
 from mobilellm_pro.data_mix.regression_linear import Linear
 from mobilellm_pro.data_mix.regression_score import leave_one_out
+from mobilellm_pro.data_mix.regressor import single_threaded
 from mobilellm_pro.data_mix.weights import MixProblem, WeightResult, static_weights
 from mobilellm_pro.data_mix.weights_draws import drawn_losses
-from mobilellm_pro.data_mix.weights_utility import regressor_utility, source_gains
+from mobilellm_pro.data_mix.weights_utility import drawn_utility, regressor_utility, source_gains
 
 PROBLEM = MixProblem(("web", "code", "math"), (10**6,) * 3, train_tokens=10**6, temperature=0.1)
 RUNS, DRAWS, WORLDS = 24, 40, 40
@@ -20,28 +21,29 @@ def known_losses(weights: np.ndarray) -> np.ndarray:
     return np.stack((3 - 0.10 * web - 0.03 * code, 3 - 0.02 * web - 0.08 * math), axis=1)
 
 
-def gains(features: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    return source_gains(regressor_utility(Linear().fit(features, losses)), PROBLEM.natural())
-
-
 def found(world: int, noise: float) -> WeightResult:
+    """As the step `weights` finds them, by the quickest of the regressors."""
     rng = np.random.default_rng(world)
     mixtures = rng.dirichlet(np.full(3, 1.7), RUNS)
     losses, features = known_losses(mixtures) + noise * rng.normal(size=(RUNS, 2)), mixture_features(mixtures)
-    drawn = drawn_losses(leave_one_out(Linear, features, losses), losses, draws=DRAWS, seed=world)
-    return static_weights(PROBLEM, gains(features, losses), np.stack([gains(features, draw) for draw in drawn]))
+    with single_threaded():  # once, and not for each of thousands of fits
+        drawn = drawn_losses(leave_one_out(Linear, features, losses), losses, draws=DRAWS, seed=world)
+        utilities = [drawn_utility(Linear().fit(features, draw), seed) for seed, draw in enumerate(drawn)]
+        best = regressor_utility(Linear().fit(features, losses))
+        gains = [source_gains(utility, PROBLEM.natural()) for utility in (best, *utilities)]
+    return static_weights(PROBLEM, gains[0], np.stack(gains[1:]))
 
 
 def test_intervals_hold_the_true_weights_as_often_as_they_claim():
-    """90 % of the time; 40 worlds can miss that by some percent, fits on parts of the runs miss it by far."""
+    """At least 90 % of the time: it is 98 %, and would be 90 % over the means of the fits instead."""
     truth = static_weights(PROBLEM, source_gains(lambda w: -known_losses(w).mean(1), PROBLEM.natural())).weights
     results = [found(world, noise=0.02) for world in range(WORLDS)]
     covered = np.mean([(result.low <= truth) & (truth <= result.high) for result in results])
     widths = np.mean([result.high - result.low for result in results], axis=0)
-    print(f"covered {covered:.3f}, widths {widths}")
-    assert covered >= 0.85
+    assert covered >= 0.9
     errors = np.mean([np.abs(result.weights - truth) for result in results], axis=0)
-    assert (widths < 8 * errors).all(), "an interval that holds everything says nothing"
+    print(f"covered {covered:.3f}, widths / errors {widths / errors}")
+    assert (widths < 10 * errors).all(), "an interval that holds everything says nothing"
 
 
 def test_intervals_shrink_with_the_noise():

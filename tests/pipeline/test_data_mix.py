@@ -19,11 +19,11 @@ from mobilellm_pro.__main__ import main
 from mobilellm_pro.config import JobError, load
 from mobilellm_pro.data.shards import Corpus
 from mobilellm_pro.data_mix.influence_curve import influence_matrix
+from mobilellm_pro.data_mix.mixture_file import datasets_text
 from mobilellm_pro.data_mix.report_record import MixReport
 from mobilellm_pro.evaluation.held_out import held_out
 from mobilellm_pro.pipeline import data_mix_calibration, data_mix_proxies
 from mobilellm_pro.pipeline.data_mix import mix
-from mobilellm_pro.pipeline.data_mix_folder import datasets_text
 from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 from mobilellm_pro.pipeline.data_mix_proxies import draw_mixtures, plan_proxies
 from mobilellm_pro.pipeline.data_mix_simulation import read_curves, samples

@@ -1,17 +1,26 @@
 """The plan of a mix is read strictly: every mistake in it and in its proxies' job is named, at once."""
 
+import tomllib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mobilellm_pro.config import ConfigError
+from mobilellm_pro.data.shards import Corpus
+from mobilellm_pro.data_mix.influence_curve import influence_matrix
 from mobilellm_pro.data_mix.regression import REGRESSORS, mixture_features
 from mobilellm_pro.data_mix.regression_score import leave_one_out
 from mobilellm_pro.data_mix.regression_stack import Stack
+from mobilellm_pro.data_mix.simulation import SimulationSettings, simulate
+from mobilellm_pro.pipeline import data_mix_simulation
+from mobilellm_pro.pipeline.data_mix import mix
 from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
+from mobilellm_pro.pipeline.data_mix_simulation import read_curves
+from tests.data.synthetic import DEBUG_TOKENIZER, make_corpora
 from tests.training.small_world import SmallWorld
 
 PLAN = """
@@ -157,3 +166,37 @@ def test_all_mistakes_are_named_at_once(world: SmallWorld, tmp_path: Path) -> No
     path.write_text(text.replace('objective = "ce"', 'objective = "cd"'))
     with pytest.raises(ConfigError, match="(?s)3 problems.*proxy.count.*weights.floor.*distill.objective"):
         load_mix_plan(path)
+
+
+def test_the_plan_of_the_report_simulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train_configs/mobilellm_pro_1b/0_data_mix.toml with other folders, so that its settings have been in force.
+
+    Only pools are smaller than there: seven of 200,000 held-out tokens would take longer to make than to read.
+    """
+    shipped = Path("train_configs/mobilellm_pro_1b/0_data_mix.toml").resolve()
+    names = [table["name"] for table in tomllib.loads(shipped.read_text())["corpus"]]
+    make_corpora(tmp_path, tuple(names), documents=200, shard_tokens=100_000)
+    text = shipped.read_text().replace('"data/tokens/', f'"{tmp_path}/tokens/').replace("200_000", "600")
+    text = text.replace('job = "1_language.toml"', f'job = "{shipped.parent / "1_language.toml"}"')
+    overrides = f'[proxy.overrides]\ndata.tokenizer = "{DEBUG_TOKENIZER}"\n'
+    (tmp_path / "mix.toml").write_text(text.replace("[proxy.overrides]\n", overrides))
+    asked: list[SimulationSettings] = []
+
+    def noted(sources: Any, pools: Any, settings: SimulationSettings, **others: Any) -> Any:
+        asked.append(settings)
+        return simulate(sources, pools, settings, **others)
+
+    monkeypatch.setattr(data_mix_simulation, "simulate", noted)
+    mix(str(tmp_path / "mix.toml"), output=str(tmp_path / "mix"), only="simulate")
+    (settings,), table = asked, tomllib.loads(shipped.read_text())["simulation"]
+    in_force = {key: getattr(settings, key) for key in table if hasattr(settings, key) and key != "pool_tokens"}
+    assert in_force == {key: table[key] for key in in_force} and len(in_force) == len(table) - 3
+    curves = read_curves(tmp_path / "mix")
+    assert list(curves) == names and all(curve.mean.shape[1] == len(names) for curve in curves.values())
+    matrix = influence_matrix(curves)
+    others = (matrix.sum() - np.trace(matrix)) / (matrix.size - len(matrix))
+    assert np.trace(matrix) / len(matrix) > others, "each helps itself more than it helps another"
+    assert not (tmp_path / "mix/influence").exists(), "export = false"
+    tokens = {name: Corpus.open(tmp_path / "tokens" / name).num_tokens for name in names}
+    read = {name: int(curve.tokens[-1]) for name, curve in curves.items()}
+    assert read == {name: count // 256 * 256 for name, count in tokens.items()}, "samples of 256, each once"
