@@ -6,7 +6,8 @@ called. To add a verb, write the function and add one line to `VERBS`:
 
 - a parameter without default is a word of the command line, one with a default is an option, a boolean is a switch;
 - `config: JobConfig` is the path of a TOML file, loaded together with the `--section.key value` words of the command
-  line; a parameter `config_path` gets the path itself.
+  line; a parameter `config_path` gets the path itself;
+- a parameter `overrides` gets those words themselves, a name that Python has taken ends with `_`.
 
 A user's mistake ends with `error: ...` and exit status 2; `MOBILELLM_PRO_TRACEBACK=1` shows where it was noticed.
 Anything else is a bug and keeps its traceback.
@@ -34,6 +35,7 @@ VERBS: dict[str, str] = {
     "show": "mobilellm_pro.__main__:show",
     "validate": "mobilellm_pro.__main__:validate",
     "mix": "mobilellm_pro.pipeline.data_mix:mix",
+    "merge": "mobilellm_pro.pipeline.merge:merge",
     "plan": "mobilellm_pro.pipeline.plan:plan",
     "train": "mobilellm_pro.pipeline.train_job:train",
     "convert": "mobilellm_pro.convert.conversion:convert",
@@ -42,6 +44,9 @@ VERBS: dict[str, str] = {
     "held-out": "mobilellm_pro.evaluation.held_out:held_out",
     "compare": "mobilellm_pro.pipeline.compare:compare",
     "ablate": "mobilellm_pro.pipeline.ablation:ablate",
+    "run": "mobilellm_pro.pipeline.runner:run",
+    "status": "mobilellm_pro.pipeline.pipeline_status:status",
+    "report": "mobilellm_pro.pipeline.run_report:report",
 }
 """Verb to `module:function`."""
 
@@ -107,6 +112,11 @@ class VerbSource:
         """Whether its first word is a TOML file of a job."""
         return any(parameter.annotation.strip("'\"") == "JobConfig" for parameter in self.parameters)
 
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether it passes words `--section.key value` on."""
+        return any(parameter.name == "overrides" for parameter in self.parameters)
+
 
 def verb_source(target: str) -> VerbSource:
     """Docstring and parameters of `module:function`, read from the file without importing it.
@@ -163,7 +173,7 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
             verb,
             help=source.docstring.partition("\n")[0],
             description=source.docstring,
-            epilog=_CONFIG_EPILOG if source.takes_config else None,
+            epilog=_CONFIG_EPILOG if source.takes_config or source.takes_overrides else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -174,7 +184,7 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
 
 def _add_argument(command: argparse.ArgumentParser, parameter: Parameter) -> None:
     annotation = parameter.annotation.strip("'\"").replace("typing.", "")
-    if parameter.name == "config_path":
+    if parameter.name in ("config_path", "overrides"):
         return
     if annotation == "JobConfig":
         command.add_argument(parameter.name, metavar="CONFIG", help="TOML file of a job")
@@ -196,7 +206,7 @@ def _add_argument(command: argparse.ArgumentParser, parameter: Parameter) -> Non
         options.pop("default")
         command.add_argument(parameter.name, metavar=parameter.name.upper(), **options)
     else:
-        command.add_argument(f"--{parameter.name.replace('_', '-')}", dest=parameter.name, **options)
+        command.add_argument(f"--{parameter.name.rstrip('_').replace('_', '-')}", dest=parameter.name, **options)
 
 
 def run_verb(words: Sequence[str]) -> None:
@@ -210,7 +220,9 @@ def run_verb(words: Sequence[str]) -> None:
     arguments = vars(parser.parse_args(words))
     verb = arguments.pop("verb")
     source = verb_source(VERBS[verb])
-    if overrides and not source.takes_config:
+    if source.takes_overrides:
+        arguments["overrides"] = overrides
+    elif overrides and not source.takes_config:
         parser.error(f"{verb} takes no configuration, so no {overrides[0]}")
     if source.takes_config:
         arguments |= _loaded_config(source, arguments, overrides)

@@ -1,0 +1,209 @@
+"""Is a disturbed run the undisturbed one? kill -9 at random moments of the debug pipeline, against a run left alone.
+
+    bash launch/quickstart.sh                            # makes the text, and the run that is left alone
+    python benchmarks/pipeline_kills.py --kills 20       # about twice as long as the quickstart
+
+Each kill hits one process of the run's tree at a random moment: the runner, torchrun, a rank, or what else there is (a
+shell, `mix`, `merge`, a worker). Then the same command is started again. In the end every checkpoint of both runs,
+optimizer states included, and the weights of the mix and of the merge are compared bit by bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from machine import ROOT, descendants, describe
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mobilellm_pro.model.checkpoint import latest_checkpoint
+from mobilellm_pro.pipeline.ledger import Ledger
+from mobilellm_pro.pipeline.phases import Pipeline, load_pipeline
+
+PIPELINE = "train_configs/debug/pipeline.toml"
+GRACE_SECONDS = 60
+"""How long a run may take to notice that a process is gone: a training that ends saves a checkpoint first."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One of them."""
+
+    phase: str
+    process: str
+    seconds: float
+    """After the start, or after the kill before."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1, help="of the moments and of whom they hit")
+    parser.add_argument("--undisturbed", type=Path, default=ROOT / "outputs/debug")
+    parser.add_argument("--disturbed", type=Path, default=ROOT / "outputs/killed")
+    parser.add_argument("--write", type=Path, help="Markdown file")
+    arguments = parser.parse_args()
+    alone, killed = (load_pipeline(PIPELINE, folder) for folder in (arguments.undisturbed, arguments.disturbed))
+    seconds = _pipeline_seconds(alone)
+    choice = random.Random(arguments.seed)
+    # As many equal parts of the time that the phases take as there are kills, and a moment in each.
+    kills = list(_disturbed(killed, choice, arguments.kills, seconds / arguments.kills))
+    lines = _report(alone, killed, kills, seconds)
+    print("\n".join(lines))
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n")
+
+
+def _command(pipeline: Pipeline) -> list[str]:
+    return [sys.executable, "-m", "mobilellm_pro", "run", PIPELINE, "--output", str(pipeline.output)]
+
+
+def _pipeline_seconds(pipeline: Pipeline) -> float:
+    records = [Ledger(pipeline.output).read(phase.name) for phase in pipeline.phases]
+    unfinished = [p.name for p, record in zip(pipeline.phases, records) if record is None or record.state != "done"]
+    if unfinished:
+        sys.exit(f"error: {pipeline.output}: {', '.join(unfinished)} not done; run bash launch/quickstart.sh before")
+    return sum(record.wall_seconds for record in records if record is not None)
+
+
+def _disturbed(pipeline: Pipeline, choice: random.Random, count: int, span: float) -> Iterator[Kill]:
+    """Runs the pipeline to its end, with a kill after every `span` seconds of work on average."""
+    runner = _start(pipeline)
+    for _ in range(count):
+        if runner.poll() is not None:
+            runner = _start(pipeline)
+        begin = time.monotonic()
+        try:
+            if runner.wait(choice.uniform(0, 2 * span)) == 0:
+                return  # done before the last kill
+        except subprocess.TimeoutExpired:
+            yield _kill_one(pipeline, runner.pid, choice, begin)
+        try:
+            runner.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue  # nobody missed that process
+    if runner.poll() is None and runner.wait() == 0:
+        return
+    subprocess.run(_command(pipeline), cwd=ROOT, check=True)
+
+
+def _start(pipeline: Pipeline) -> "subprocess.Popen[bytes]":
+    """Returns when a phase runs; imports and checks are none."""
+    runner = subprocess.Popen(_command(pipeline), cwd=ROOT)
+    while _running_phase(pipeline) is None and runner.poll() is None:
+        time.sleep(0.1)
+    return runner
+
+
+def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, begin: float) -> Kill:
+    phase = _running_phase(pipeline) or "between phases"
+    by_name: dict[str, list[int]] = {}
+    for process in descendants(runner):
+        by_name.setdefault(_name(process, runner), []).append(process)
+    name = choice.choice(sorted(by_name))
+    try:
+        os.kill(choice.choice(by_name[name]), signal.SIGKILL)
+    except ProcessLookupError:
+        name += " (had ended)"
+    kill = Kill(phase, name, time.monotonic() - begin)
+    print(f"-- killed {name} in {phase} after {kill.seconds:.0f} s", flush=True)
+    return kill
+
+
+def _running_phase(pipeline: Pipeline) -> str | None:
+    ledger = Ledger(pipeline.output)
+    return next((phase.name for phase in pipeline.phases if ledger.is_held(phase.name)), None)
+
+
+def _name(process: int, runner: int) -> str:
+    """Who a process is, by its command."""
+    if process == runner:
+        return "runner"
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "other"
+    text = " ".join(words)
+    if "torchrun" in text:
+        return "torchrun"
+    if "mobilellm_pro train" in text:
+        return "rank"
+    for verb in ("prepare", "mix", "convert", "merge"):
+        if f"mobilellm-pro {verb}" in text:
+            return verb
+    return "other"
+
+
+def _report(alone: Pipeline, killed: Pipeline, kills: list[Kill], seconds: float) -> list[str]:
+    compared = [(phase.name, *_differences(phase.folder, killed[phase.name].folder)) for phase in alone.phases]
+    different = [name for name, _, differ in compared if differ]
+    by_process = Counter(kill.process for kill in kills)
+    lines = [
+        "# Runs that were killed against one that was left alone, debug pipeline",
+        "",
+        *describe(["torch", "torchtitan", "numpy"]),
+        "",
+        f"{len(kills)} kills: " + ", ".join(f"{name} {count}" for name, count in sorted(by_process.items()))
+        + f"; the run left alone takes {seconds:.0f} s in its phases.",
+        "",
+        "| phase | kills | starts | wall s alone | wall s killed | values compared | differences |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for name, count, differ in compared:
+        ours, theirs = (Ledger(pipeline.output).read(name) for pipeline in (killed, alone))
+        assert ours is not None and theirs is not None
+        hits = sum(kill.phase == name for kill in kills)
+        lines.append(f"| {name} | {hits} | {ours.starts} | {theirs.wall_seconds:.0f} | {ours.wall_seconds:.0f} | "
+                     f"{count:,} | {', '.join(differ[:3]) or 'none'} |")  # fmt: skip
+    verdict = f"**different: {', '.join(different)}**" if different else "equal to the bit"
+    lines += ["", f"Every checkpoint, mix and merge: {verdict}.", ""]
+    lines += ["Doubts: one seed of moments; start-up of a run (imports, checks) is not a phase, so fewer kills hit it; "
+              "a phase's wall time lacks the starts in which the runner itself was killed."]  # fmt: skip
+    return lines
+
+
+def _differences(one: Path, other: Path) -> tuple[int, list[str]]:
+    """Numbers that were compared, and what differs between two folders of a phase."""
+    count, differ = 0, []
+    steps = [latest_checkpoint(folder / "checkpoint") for folder in (one, other)]
+    if steps[0] is not None and steps[1] is not None:
+        ours, theirs = (_tensors(step) for step in steps if step is not None)
+        differ += sorted(ours.keys() ^ theirs.keys())
+        for name in sorted(ours.keys() & theirs.keys()):
+            count += ours[name].numel()
+            if not torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)):
+                differ.append(name)
+    for name in ("weights.toml", "model.safetensors"):
+        if (one / name).is_file():
+            count += 1
+            differ += [name] * ((one / name).read_bytes() != (other / name).read_bytes())
+    if (one / "merge.json").is_file():
+        count += 1
+        ours, theirs = (json.loads((folder / "merge.json").read_text()) for folder in (one, other))
+        differ += ["merge.json: weights"] * (ours["weights"] != theirs["weights"])
+    return count, differ
+
+
+def _tensors(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    stored = FileSystemReader(str(step)).read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+             for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}  # fmt: skip
+    dcp.load(found, checkpoint_id=str(step), no_dist=True)
+    return {name: tensor.reshape(-1) for name, tensor in found.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What each kind of phase runs, what decides its result, and what it leaves for others.
+
+A phase is one command with all that it needs as words: it can be copied from the log and run by hand. To add a kind:
+its name in `phases.KindName`, and a line in `KINDS`.
+"""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobilellm_pro.config import JobConfig, load, resolved_toml, smallest_world_size
+from mobilellm_pro.model.checkpoint import latest_checkpoint
+from mobilellm_pro.pipeline.data_mix_folder import WEIGHTS, WEIGHTS_RECORD
+from mobilellm_pro.pipeline.phases import PREFIX, Phase
+from mobilellm_pro.pipeline.run_command import num_processes, train_command
+from mobilellm_pro.pipeline.train_job import online_evaluations
+from mobilellm_pro.pipeline.varied_job import flatten, read_toml, words_of
+from mobilellm_pro.training.preflight import problems
+from mobilellm_pro.training.run import is_finished
+
+DONE = "DONE"
+Products = Mapping[str, Path]
+"""Name of a phase that is done -> what it has made."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How phases of a kind are run."""
+
+    command: Callable[[Phase, Products], list[str]]
+    """Its words; every phase that it refers to is done."""
+
+    settings: Callable[[Phase, Products], dict[str, Any]]
+    """Flat key -> value of what decides the result; keys at their default may be left out."""
+
+    problems: Callable[[Phase, Products], Iterator[str]]
+    """What can be known to be wrong before it is started, while phases that it needs may not be done yet.
+
+    May raise ValueError or OSError, which is a problem too."""
+
+    product: Callable[[Phase], Path | None]
+    """What it has made, once its command has ended well; None: nothing."""
+
+    metrics: Callable[[Phase], dict[str, Any]]
+    """Numbers for the ledger."""
+
+
+def training_job(phase: Phase, products: Products) -> JobConfig:
+    """The configuration of a training, as far as phases that it refers to are done.
+
+    Raises:
+        ConfigError: with all its problems.
+    """
+    assert phase.config is not None
+    return load(phase.config, _training_words(phase, products))
+
+
+def world_size(phase: Phase, config: JobConfig) -> int:
+    """Processes of a training; the least that its degrees allow where $TRAIN_COMMAND decides."""
+    return num_processes(phase.nproc) or smallest_world_size(config)
+
+
+def _training_words(phase: Phase, products: Products) -> list[str]:
+    overrides = dict(phase.overrides)
+    for key, name in phase.references.items():
+        if name in products:
+            overrides[key] = str(products[name])
+        else:
+            del overrides[key]
+    own: dict[str, Any] = {"job.dump_folder": str(phase.folder)}
+    if phase.initial is not None and phase.initial in products:
+        own["checkpoint.initial_load_path"] = str(products[phase.initial])
+    return [*words_of(overrides), *phase.words, *words_of(own)]
+
+
+def _train_command(phase: Phase, products: Products) -> list[str]:
+    assert phase.config is not None
+    return train_command(phase.config, _training_words(phase, products))
+
+
+def _train_settings(phase: Phase, products: Products) -> dict[str, Any]:
+    """Without the folder, which is where and not what; paths of other phases by the phase's name."""
+    values = _flat_job(training_job(phase, products))
+    values |= {key: f"{PREFIX}{name}" for key, name in phase.references.items() if key in values}
+    if phase.initial:
+        values["checkpoint.initial_load_path"] = f"{PREFIX}{phase.initial}"
+    return {key: value for key, value in values.items() if key not in ("job.dump_folder", "job.description")}
+
+
+def _flat_job(config: JobConfig) -> dict[str, Any]:
+    defaults = flatten(tomllib.loads(resolved_toml(JobConfig())))
+    values = flatten(tomllib.loads(resolved_toml(config)))
+    return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
+
+
+def _train_problems(phase: Phase, products: Products) -> Iterator[str]:
+    config = training_job(phase, products)
+    if not config.checkpoint.enable:
+        yield "checkpoint.enable = false: nothing would be left for other phases; set it"
+    if is_finished(config):
+        return
+    skip = _not_there_yet(phase, products)
+    evaluations = [] if config.needle.haystack and "datasets" in skip else online_evaluations(config)
+    yield from problems(config, world_size(phase, config), evaluations, skip=skip)
+
+
+def _not_there_yet(phase: Phase, products: Products) -> set[str]:
+    """Checks of a training that have to wait: the phase before it has not made its files."""
+    waiting = {name for name in phase.needs if name not in products}
+    checks = {"datasets", "cache"} if waiting & set(phase.corpora) else set()
+    checks |= {"teacher", "cache"} if phase.references.get("teacher.path") in waiting else set()
+    return checks | ({"checkpoints"} if phase.initial in waiting else set())
+
+
+def _train_product(phase: Phase) -> Path | None:
+    done = phase.folder / DONE
+    recorded = json.loads(done.read_text())["checkpoint"] if done.is_file() else None
+    return latest_checkpoint(Path(recorded).parent) if recorded else None
+
+
+def _train_metrics(phase: Phase) -> dict[str, Any]:
+    return json.loads((phase.folder / DONE).read_text())
+
+
+def _file(phase: Phase) -> str:
+    assert phase.config is not None
+    return str(phase.config)
+
+
+def _file_settings(phase: Phase, products: Products) -> dict[str, Any]:
+    """The keys of the phase's file, and who gives it what."""
+    values = {} if phase.config is None else flatten(read_toml(phase.config, f"the file of a {phase.kind} phase"))
+    given = {"initial_checkpoint": phase.initial, **{f"branches.{k}": v for k, v in phase.branches.items()}}
+    values.pop("output", None)
+    return values | {key: f"{PREFIX}{name}" for key, name in given.items() if name}
+
+
+def _prepare_problems(phase: Phase, products: Products) -> Iterator[str]:
+    from mobilellm_pro.data.dataset_config import load_datasets_config
+
+    load_datasets_config(_file(phase))
+    yield from ()
+
+
+def _mix_problems(phase: Phase, products: Products) -> Iterator[str]:
+    from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
+
+    load_mix_plan(_file(phase))
+    yield from ()
+
+
+def _mix_settings(phase: Phase, products: Products) -> dict[str, Any]:
+    """With the proxies' job, another file."""
+    from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
+
+    job = _flat_job(load_mix_plan(_file(phase)).base)
+    del job["job.dump_folder"]
+    return _file_settings(phase, products) | {f"proxy.job.{key}": value for key, value in job.items()}
+
+
+def _mix_metrics(phase: Phase) -> dict[str, Any]:
+    return json.loads((phase.folder / WEIGHTS_RECORD).read_text())
+
+
+def _merge_command(phase: Phase, products: Products) -> list[str]:
+    assert phase.initial is not None
+    branches = [f"{branch}={products[name]}" for branch, name in phase.branches.items()]
+    words = ["--output", str(phase.folder), "--parent", str(products[phase.initial]), "--branches", *branches]
+    return ["mobilellm-pro", "merge", _file(phase), *words]
+
+
+def _merge_problems(phase: Phase, products: Products) -> Iterator[str]:
+    from mobilellm_pro.pipeline.merge_plan import load_merge_plan
+
+    load_merge_plan(_file(phase))
+    yield from ()
+
+
+def _merge_metrics(phase: Phase) -> dict[str, Any]:
+    return json.loads((phase.folder / "merge.json").read_text())
+
+
+def _convert_command(phase: Phase, products: Products) -> list[str]:
+    assert phase.initial is not None
+    return ["mobilellm-pro", "convert", str(products[phase.initial]), str(phase.folder), "--overwrite"]
+
+
+def _about_command(verb: str) -> Callable[[Phase, Products], list[str]]:
+    """Of a verb that takes a file and a checkpoint."""
+
+    def command(phase: Phase, products: Products) -> list[str]:
+        assert phase.initial is not None
+        checkpoint = str(products[phase.initial])
+        return ["mobilellm-pro", verb, _file(phase), "--checkpoint", checkpoint, "--output", str(phase.folder)]
+
+    return command
+
+
+def _no_problems(phase: Phase, products: Products) -> Iterator[str]:
+    yield from ()
+
+
+def _no_metrics(phase: Phase) -> dict[str, Any]:
+    return {}
+
+
+def _mix_product(phase: Phase) -> Path | None:
+    path = phase.folder / WEIGHTS
+    return path if path.is_file() else None
+
+
+def _folder_with(name: str) -> Callable[[Phase], Path | None]:
+    """The folder, if this file, which is written last or appears with it, is there."""
+
+    def product(phase: Phase) -> Path | None:
+        return phase.folder if (phase.folder / name).is_file() else None
+
+    return product
+
+
+KINDS: dict[str, Kind] = {
+    "prepare": Kind(
+        lambda phase, products: ["mobilellm-pro", "prepare", _file(phase), "--cluster"],
+        _file_settings,
+        _prepare_problems,
+        lambda phase: Path(read_toml(Path(_file(phase)), "corpora")["output"]),
+        _no_metrics,
+    ),
+    "data_mix": Kind(
+        lambda phase, products: ["mobilellm-pro", "mix", _file(phase), "--output", str(phase.folder)],
+        _mix_settings,
+        _mix_problems,
+        _mix_product,
+        _mix_metrics,
+    ),
+    "train": Kind(_train_command, _train_settings, _train_problems, _train_product, _train_metrics),
+    "merge": Kind(
+        _merge_command,
+        _file_settings,
+        _merge_problems,
+        lambda phase: latest_checkpoint(phase.folder / "checkpoint"),
+        _merge_metrics,
+    ),
+    "convert": Kind(_convert_command, _file_settings, _no_problems, _folder_with("config.json"), _no_metrics),
+    "evaluate": Kind(_about_command("evaluate"), _file_settings, _no_problems, _folder_with(DONE), _no_metrics),
+    "export": Kind(_about_command("export"), _file_settings, _no_problems, _folder_with(DONE), _no_metrics),
+}
+"""By name, as `phases.KindName` has them."""
