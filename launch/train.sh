@@ -1,12 +1,35 @@
 #!/usr/bin/env bash
-# One training job on this machine, or this node's part of one on several.
+# One training job on this machine, or this node's part of one on several; in a SLURM job, on all of its nodes.
 #
 #     bash launch/train.sh train_configs/mobilellm_pro_1b/1_language.toml [--section.key value ...]
 #
 # NPROC   processes on this node (default: the number of GPUs, or 1)
 # NNODES, NODE_RANK, RENDEZVOUS=host:port   for several nodes; the same RENDEZVOUS everywhere
+#
+# In a SLURM job, but not in a step of one, it starts itself on NNODES nodes (default: all of the job) by srun; what
+# runs there already is a step.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# Replaces this process by srun, which runs this script once on each node. The steps of trainings that run side by side,
+# as the proxies of a data mix, share the nodes (--overlap); each has its own port, and its own name for the case that
+# two meet at one.
+exec_on_nodes() {
+    command -v srun >/dev/null || environment_fail "SLURM_JOB_ID is set, but there is no srun; unset it to run here"
+    export NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}"
+    export RENDEZVOUS_ID="$SLURM_JOB_ID.$$"
+    if ((NNODES > 1)) && [[ -z "${RENDEZVOUS:-}" ]]; then
+        local nodes port
+        nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+        port="$(python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")"
+        export RENDEZVOUS="${nodes%%$'\n'*}:$port"
+    fi
+    # A step is given what of the node its job has; without cpu-bind a task would get one core of it.
+    exec srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --overlap --cpu-bind=none \
+        --kill-on-bad-exit=1 --label bash launch/train.sh "$@"
+}
+
+[[ -z "${SLURM_JOB_ID:-}" || -n "${SLURM_STEP_ID:-}" ]] || exec_on_nodes "$@"
 
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 nproc="${NPROC:-$((gpus > 0 ? gpus : 1))}"
@@ -15,5 +38,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, 
 # Variable sequence layouts fragment the allocator's fixed segments.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 exec torchrun --nproc_per_node="$nproc" --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
-    --rdzv_backend=c10d --rdzv_endpoint="${RENDEZVOUS:-localhost:0}" \
+    --rdzv_backend=c10d --rdzv_endpoint="${RENDEZVOUS:-localhost:0}" --rdzv_id="${RENDEZVOUS_ID:-none}" \
     --local-ranks-filter="${LOG_RANKS:-0}" --role=rank --tee=3 -m mobilellm_pro train "$@"
