@@ -110,8 +110,8 @@ def streaming(arguments: Namespace) -> list[str]:
         "",
         f"Both files: {measured['dcp'] + measured['hugging_face']:.0f} s by the clock (bar: 300 s). Peak of the "
         f"process {measured['peak_bytes'] / GIB:.2f} GiB by the kernel's count, {sampled / GIB:.2f} GiB in samples of "
-        f"50 ms (bar: 6 GiB), of which {measured['before_bytes'] / GIB:.2f} GiB were there before the first tensor. Largest "
-        f"difference of three parameters from float64: {error:.1e} (their standard deviation is 0.01).",
+        f"50 ms (bar: 6 GiB), of which {measured['before_bytes'] / GIB:.2f} GiB were there before the first tensor. "
+        f"Largest difference of three parameters from float64: {error:.1e} (their standard deviation is 0.01).",
         "",
         "Doubts: the files had just been written, so the system may have read part of them from its cache; one rank "
         "wrote them, where a run on many ranks leaves smaller pieces of each tensor.",

@@ -1,7 +1,7 @@
 """The `mix` verb: from prepared corpora to the weights of a training mixture (paper, section 4).
 
     mobilellm-pro mix train_configs/debug/0_data_mix.toml
-    mobilellm-pro train train_configs/debug/1_language.toml --data.mix outputs/debug/mix/weights.toml
+    mobilellm-pro train train_configs/debug/1_language.toml --data.mix outputs/debug/0_data_mix/weights.toml
 
 simulate    n-gram models read the corpora once: what does a sample of each do to every domain?
 calibrate   proxies, small runs on different mixtures: what does a mixture come to?

@@ -1,6 +1,6 @@
 """`0_data_mix.toml`: corpora, validation domains and the settings of each step of the verb `mix`, read strictly.
 
-    output = "outputs/debug/mix"
+    output = "outputs/debug/0_data_mix"
     seed = 1
     [[corpus]]                          gets a weight
     name = "code"
