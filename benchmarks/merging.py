@@ -18,7 +18,6 @@ seeds       for each seed of the data four specialists of one phase 2 checkpoint
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -113,8 +112,9 @@ def streaming(arguments: Namespace) -> list[str]:
         f"50 ms (bar: 6 GiB), of which {measured['before_bytes'] / GIB:.2f} GiB were there before the first tensor. "
         f"Largest difference of three parameters from float64: {error:.1e} (their standard deviation is 0.01).",
         "",
-        "Doubts: the files had just been written, so the system may have read part of them from its cache; one rank "
-        "wrote them, where a run on many ranks leaves smaller pieces of each tensor.",
+        "Doubts: other work kept the machine busy (see the load average), so seconds by the clock are upper bounds; "
+        "the files had just been written, so the system may have read part of them from its cache; one rank wrote "
+        "them, where a run on many ranks leaves smaller pieces of each tensor.",
     ]
 
 
@@ -145,7 +145,9 @@ def measure(arguments: Namespace) -> None:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most resident memory since this program began; getrusage also knows what the process was before it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _largest_error(folder: Path) -> float:

@@ -1,5 +1,5 @@
-# Sourced by test_slurm.sh: a Slurm cluster of two nodes on this machine, with configuration, key, ports and state of its
-# own in $folder, so that it meets no other cluster. Uses `step`, `skip` and `wait_for` of the script that sources it.
+# Sourced by test_slurm.sh: a Slurm cluster of two nodes on this machine, with configuration, key, ports and state of
+# its own in $folder, so that it meets no other cluster. Uses `step`, `skip` and `wait_for` of who sources it.
 
 SLURM_CONF="$folder/slurm.conf"
 export SLURM_CONF

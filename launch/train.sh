@@ -24,7 +24,7 @@ exec_on_nodes() {
         port="$(python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")"
         export RENDEZVOUS="${nodes%%$'\n'*}:$port"
     fi
-    # A step is given what of the node its job has; without cpu-bind a task would get one core of it.
+    # A step has all that its job has of a node, GPUs too; --cpu-bind=none keeps its one task from being bound to a core.
     exec srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --overlap --cpu-bind=none \
         --kill-on-bad-exit=1 --label bash launch/train.sh "$@"
 }

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**22
-"""Differences are taken so many at a time."""
+BLOCK_ELEMENTS = 2**16
+"""Differences are taken so many at a time: half a megabyte in float64 stays in a core's cache."""
 
 Read = Callable[[str], Tensor]
 """Name of a parameter -> the tensor."""

@@ -103,6 +103,8 @@ class Phase:
     """Overrides of every training from the command line; they come last."""
 
     nproc: int | None
+    """Of a training; small runs of a data mix have a number of their own."""
+
     folder: Path
 
     @property
@@ -263,6 +265,6 @@ def _phase(
         branches=branches,
         overrides=overrides,
         words=tuple(words) if table.kind == "train" else (),
-        nproc=table.nproc or file.nproc,
+        nproc=table.nproc or file.nproc if table.kind == "train" else None,
         folder=output / table.name,
     )

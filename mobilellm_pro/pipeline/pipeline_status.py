@@ -113,7 +113,7 @@ def progress_table(
 
 
 def _command(phase: Phase, products: dict[str, Path]) -> str:
-    before = "" if phase.nproc is None or phase.kind != "train" else f"NPROC={phase.nproc} "
+    before = "" if phase.nproc is None else f"NPROC={phase.nproc} "
     return before + shlex.join(KINDS[phase.kind].command(phase, products))
 
 

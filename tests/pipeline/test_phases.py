@@ -73,6 +73,12 @@ def test_a_word_reaches_trainings_only(tmp_path: Path) -> None:
     assert pipeline["mix"].folder == Path("elsewhere/mix")
 
 
+def test_processes_are_those_of_trainings(tmp_path: Path) -> None:
+    """Small runs of a data mix have a number of their own, which the one of the file must not reach."""
+    pipeline = load_text(tmp_path, f"nproc = 5\n{GOOD}")
+    assert {phase.name: phase.nproc for phase in pipeline.phases if phase.nproc} == {"base": 3, "one": 5, "two": 5}
+
+
 @pytest.mark.parametrize(
     ("before", "after", "problem"),
     [
