@@ -11,7 +11,7 @@ import pytest
 
 from mobilellm_pro.pipeline.run_command import CommandFailed, run_logged, start
 
-STARTER = """
+STARTER = r"""
 import sys, time
 from pathlib import Path
 from mobilellm_pro.pipeline.run_command import start
