@@ -25,7 +25,6 @@ students    `mix` on the offline corpora by a plan (done once; see --plan), then
             what the regressor predicts (method "tilt" at 0.2 came first), before any student was run.
 """
 
-
 import argparse
 import json
 import sys

@@ -33,7 +33,8 @@ def num_processes(per_node: int | None = None) -> int | None:
     if TRAIN in os.environ:
         return None
     per_node = per_node or int(os.environ.get("NPROC") or max(1, torch.cuda.device_count()))
-    return per_node * int(os.environ.get("NNODES") or 1)
+    nodes = os.environ.get("NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1  # as launch/train.sh chooses
+    return per_node * int(nodes)
 
 
 def train_command(job: Path, words: Sequence[str]) -> list[str]:
