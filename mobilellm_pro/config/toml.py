@@ -4,8 +4,9 @@ A file may begin with `base = "common.toml"`, relative to its own folder; the ba
 by key, arrays replace. The command line comes last. Every layer is checked against the dataclasses for unknown keys and
 wrong types, then the whole is checked by `checks.py`; all problems are reported together.
 
-`data.mix = "outputs/debug/0_data_mix/weights.toml"` in any layer stands for the `[[data.datasets]]` tables of that file.
-They are read now and the key is gone afterwards, so what a run keeps as its configuration does not change with the file.
+`data.mix = "outputs/debug/0_data_mix/weights.toml"` in any layer stands for the `[[data.datasets]]` tables of that
+file. They are read now and the key is gone afterwards, so what a run keeps as its configuration does not change with
+the file.
 """
 
 import tomllib
