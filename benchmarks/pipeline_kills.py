@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and of whom they hit")
+    parser.add_argument("--span", type=float, help="seconds of work between two, on average; default: spread evenly")
     parser.add_argument("--undisturbed", type=Path, default=ROOT / "outputs/debug")
     parser.add_argument("--disturbed", type=Path, default=ROOT / "outputs/killed")
     parser.add_argument("--write", type=Path, help="Markdown file")
@@ -58,8 +59,7 @@ def main() -> None:
     alone, killed = (load_pipeline(PIPELINE, folder) for folder in (arguments.undisturbed, arguments.disturbed))
     seconds = _pipeline_seconds(alone)
     choice = random.Random(arguments.seed)
-    # As many equal parts of the time that the phases take as there are kills, and a moment in each.
-    kills = list(_disturbed(killed, choice, arguments.kills, seconds / arguments.kills))
+    kills = list(_disturbed(killed, choice, arguments.kills, arguments.span or seconds / arguments.kills))
     lines = _report(alone, killed, kills, seconds)
     print("\n".join(lines))
     if arguments.write:
