@@ -37,6 +37,7 @@ def write_safetensors_file(path: Path, kinds: Mapping[str, ParameterKind], compu
             tensor = compute(name).detach().cpu().contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (kinds[name].shape, kinds[name].dtype), name
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            del tensor  # before the next one is computed
 
 
 def _header(names: list[str], kinds: Mapping[str, ParameterKind]) -> bytes:

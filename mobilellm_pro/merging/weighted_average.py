@@ -28,12 +28,19 @@ def weighted_average(tensors: Iterable[Tensor], weights: Sequence[float]) -> Ten
         ValueError: no tensors, another number of weights, or another shape.
     """
     total: Tensor | None = None
-    for tensor, weight in zip(tensors, weights, strict=True):
+    coming = iter(tensors)
+    for weight in weights:
+        tensor = next(coming, None)
+        if tensor is None:
+            raise ValueError(f"fewer tensors than the {len(weights)} weights")
         if total is None:
             total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         if tensor.shape != total.shape:
             raise ValueError(f"a tensor of shape {list(tensor.shape)}, expected {list(total.shape)} as the first")
         total.addcmul_(tensor, torch.tensor(weight, dtype=total.dtype, device=total.device))
+        del tensor  # before the next one comes
+    if next(coming, None) is not None:
+        raise ValueError(f"more tensors than the {len(weights)} weights")
     if total is None:
         raise ValueError("expected at least one tensor to average")
     return total

@@ -33,8 +33,10 @@ def test_tensors_that_cannot_be_averaged():
         weighted_average([torch.ones(2, 3), torch.ones(1, 3)], [0.5, 0.5])
     with pytest.raises(ValueError, match="at least one"):
         weighted_average([], [])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="fewer tensors than the 2 weights"):
         weighted_average([torch.ones(2)], [0.5, 0.5])
+    with pytest.raises(ValueError, match="more tensors than the 1 weights"):
+        weighted_average([torch.ones(2), torch.ones(2)], [1.0])
 
 
 def test_groups_of_layers():
