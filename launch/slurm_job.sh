@@ -10,7 +10,14 @@
 #
 # Ends the script: with the command's status, or 0 where the job was queued again.
 run_or_requeue() {
-    local status
+    local status word
+    for word in "$@"; do
+        [[ "$word" != --from && "$word" != --from=* ]] || {
+            echo "error: --from in a job that queues itself again would begin anew each time; run it once by hand:" \
+                "mobilellm-pro run PIPELINE --from NAME, stop it, then submit without it" >&2
+            exit 2
+        }
+    done
     [[ "$wanted" != USR1 ]] || requeue # while the environment was being made
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $*"
     "$@" &

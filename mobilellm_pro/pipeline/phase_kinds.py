@@ -175,7 +175,8 @@ def _merge_command(phase: Phase, products: Products) -> list[str]:
 def _merge_problems(phase: Phase, products: Products) -> Iterator[str]:
     from mobilellm_pro.pipeline.merge_plan import load_merge_plan
 
-    load_merge_plan(_file(phase))
+    branches = [f"{branch}={PREFIX}{name}" for branch, name in phase.branches.items()]
+    load_merge_plan(_file(phase), str(phase.folder), f"{PREFIX}{phase.initial}", branches)
     yield from ()
 
 

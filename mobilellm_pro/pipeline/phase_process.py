@@ -11,16 +11,16 @@ import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from mobilellm_pro.pipeline.ledger import Ledger, Record
 from mobilellm_pro.pipeline.phase_kinds import KINDS, Products
 from mobilellm_pro.pipeline.phases import Phase
 from mobilellm_pro.pipeline.run_command import CommandFailed, log_end, start
 from mobilellm_pro.training.run_folder import describe_environment
+from mobilellm_pro.training.stop_request import STOP
 
 LOGS = "logs"
-STOP = "STOP"
-"""A file of this name in its folder lets a training save a checkpoint and end."""
 
 
 class PhaseProcess:
@@ -48,10 +48,10 @@ class PhaseProcess:
         kind = KINDS[phase.kind]
         self.log = logs / f"{phase.name}.log"
         logs.mkdir(parents=True, exist_ok=True)
-        (phase.folder / STOP).unlink(missing_ok=True)
         self._held = ExitStack()
         with self._held:
             lock = self._held.enter_context(ledger.lock(phase.name))
+            (phase.folder / STOP).unlink(missing_ok=True)
             command = kind.command(phase, products)
             self.record = self._begin(command, kind.settings(phase, products))
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -77,29 +77,40 @@ class PhaseProcess:
         return record
 
     def _copy_output(self, quiet: bool) -> None:
+        """Whatever becomes of log and terminal, the pipe is read: a full one would let the phase wait for ever."""
         assert self._process.stdout is not None
-        with self.log.open("ab", buffering=0) as log:
+        with self.log.open("ab") as log:
+            sinks: list[IO[bytes]] = [log] if quiet else [log, sys.stdout.buffer]
             while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
-                log.write(chunk)
-                if not quiet:
-                    sys.stdout.buffer.write(chunk)
-                    sys.stdout.buffer.flush()
+                for sink in list(sinks):
+                    try:
+                        sink.write(chunk)
+                        sink.flush()
+                    except OSError as error:  # a full disk, a terminal that is gone
+                        sinks.remove(sink)
+                        print(f"{self.phase.name}: its output is not copied any more: {error}", file=sys.stderr)
 
     def is_over(self) -> bool:
-        """Whether the process has ended."""
-        return self._process.poll() is not None
+        """Whether the process has ended, and with it all that write where it wrote."""
+        return self._process.poll() is not None and not self._copier.is_alive()
 
-    def request_stop(self) -> None:
-        """Lets a training save a checkpoint and end; everything else is resumed anyway and ends at once."""
+    def request_stop(self, *, again: bool = False) -> None:
+        """Lets a training save a checkpoint and end; everything else is resumed anyway and ends at once.
+
+        Args:
+            again: it was asked before: a training that was just starting has taken the file for an old one.
+        """
         if self.phase.kind == "train" and self.phase.folder.is_dir():
             (self.phase.folder / STOP).touch()
-        else:
+        elif not again:
             self.kill(signal.SIGTERM)
 
     def kill(self, number: signal.Signals) -> None:
         """Sends a signal to the process and its children, but for those with a session of their own."""
-        if not self.is_over():
+        try:
             os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass  # all have ended
 
     def finish(self, *, stopping: bool = False) -> Record:
         """Waits for the end and records it.
@@ -112,14 +123,15 @@ class PhaseProcess:
         """
         status = self._process.wait()
         self._copier.join()
+        (self.phase.folder / STOP).unlink(missing_ok=True)
         record, kind = self.record, KINDS[self.phase.kind]
         product = kind.product(self.phase) if status == 0 else None
         record.wall_seconds = round(record.wall_seconds + time.monotonic() - self._begun, 1)
         record.ended = datetime.now(UTC).isoformat(timespec="seconds")
         if product is not None:
             record.state, record.product, record.metrics = "done", str(product), kind.metrics(self.phase)
-        elif stopping:
-            record.state = "stopped"
+        elif stopping or (self.phase.kind == "train" and status == 0):
+            record.state = "stopped"  # a training that ends well before it is done was asked to, by whomever
         else:
             made = f"ended with status {status}" if status else "ended without what it should have made"
             record.state, record.error = "failed", f'phase "{self.phase.name}": {made}; {log_end(self.log)}'

@@ -204,7 +204,7 @@ def _need_problems(table: PhaseTable, tables: list[PhaseTable], index: int, plac
         **{f"overrides.{key}": value for key, value in flatten(table.overrides).items() if _refers(value)},
     }
     for key, value in references.items():
-        if value and not _refers(value):
+        if not _refers(value) and (value or key != "initial_checkpoint"):
             yield Problem(place, key, describe_value(value), f'"{PREFIX}NAME", NAME that of a phase before this one')
     named = [("needs", name) for name in table.needs]
     named += [(key, value.removeprefix(PREFIX)) for key, value in references.items() if _refers(value)]

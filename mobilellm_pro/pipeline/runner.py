@@ -99,8 +99,9 @@ def _check(pipeline: Pipeline, progress: Progress, to_run: list[Phase]) -> None:
         if missing:
             said = f"{', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not done"
             found.append(f"{phase.name}: needs {said}; run without --only, or name what it needs too")
-    for name, record in progress.done.items():
-        found += _changes(pipeline[name], progress, record)
+    for name, record in progress.records.items():
+        if record.state == "done" or (record.kind == "train" and (pipeline[name].folder / "checkpoint").exists()):
+            found += _changes(pipeline[name], progress, record)
     if found:
         raise JobError(str(pipeline.path), list(dict.fromkeys(found)))
 
@@ -116,9 +117,9 @@ def _phase_problems(phase: Phase, progress: Progress) -> Iterator[str]:
 
 
 def _changes(phase: Phase, progress: Progress, record: Record) -> Iterator[str]:
-    """What of a finished phase is not as it is configured now."""
+    """What of a phase that is done, or of a training that is begun, is not as it is configured now."""
     cure = f"set it back, choose another --output, or say --from {phase.name} to do it and what needs it again"
-    if KINDS[phase.kind].product(phase) is None:
+    if record.state == "done" and KINDS[phase.kind].product(phase) is None:
         yield f"{phase.name}: done, but what it made is gone from {phase.folder}; {cure}"
     if any(name not in progress.done for name in phase.needs):
         return  # compared when these are done again
@@ -130,7 +131,8 @@ def _changes(phase: Phase, progress: Progress, record: Record) -> Iterator[str]:
     inputs = {name: progress.done[name].identity for name in phase.needs}
     keys += [f"{name} (another one now)" for name in inputs if record.inputs.get(name) != inputs[name]]
     if keys:
-        yield f"{phase.name}: done with other settings: {', '.join(keys)}; {cure}"
+        state = "done" if record.state == "done" else "begun"
+        yield f"{phase.name}: {state} with other settings: {', '.join(keys)}; {cure}"
 
 
 class _Run:
@@ -144,6 +146,7 @@ class _Run:
         self._waiting = list(waiting)
         self._running: list[PhaseProcess] = []
         self._errors: list[str] = []
+        self._stopped = False
         self._signals = self._acted_on = 0
 
     def run(self) -> None:
@@ -157,14 +160,14 @@ class _Run:
                 time.sleep(_POLL_SECONDS)
         if self._errors:
             raise CommandFailed("\n".join(self._errors))
-        if self._signals and self._waiting:
-            print("stopped as asked; the same command goes on", flush=True)
+        if self._waiting:
+            print("stopped as asked; the same command without --from goes on", flush=True)
             sys.exit(STOPPED_STATUS)
         print(f"{self._pipeline.output}: done", flush=True)
 
     @property
     def _stopping(self) -> bool:
-        return bool(self._signals or self._errors)
+        return bool(self._signals or self._errors or self._stopped)
 
     def _start_ready(self) -> None:
         for phase in list(self._waiting):
@@ -174,8 +177,12 @@ class _Run:
                 self._waiting.remove(phase)
                 print(f"\n== {phase.name}: {phase.kind}", flush=True)
                 logs = self._pipeline.output / LOGS
-                process = PhaseProcess(phase, self._products, self._ledger, logs, quiet=self._parallel > 1)
-                self._running.append(process)
+                try:
+                    process = PhaseProcess(phase, self._products, self._ledger, logs, quiet=self._parallel > 1)
+                except ValueError as error:
+                    self._errors.append(f"{phase.name}: {error}")  # phases beside it may end
+                else:
+                    self._running.append(process)
 
     def _finish(self, process: PhaseProcess) -> None:
         try:
@@ -189,18 +196,17 @@ class _Run:
             self._products[record.name] = Path(record.product)
         else:
             self._waiting.insert(0, process.phase)
+            self._stopped = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
 
     def _act_on_signals(self) -> None:
         """Not in the handler, which may come while a phase is being started and is not among the running ones."""
-        if self._signals == self._acted_on:
-            return
         for process in self._running:
             if self._signals == 1:
-                process.request_stop()
-            else:
+                process.request_stop(again=self._acted_on == 1)
+            elif self._signals > self._acted_on:
                 process.kill(signal.SIGKILL)
         self._acted_on = self._signals
 

@@ -34,8 +34,8 @@ def main() -> int:
         temporary.replace(state)
         with (folder / "metrics.jsonl").open("a") as metrics:
             metrics.write(json.dumps({"kind": "train", "step": step, "loss": 1 / step}) + "\n")
-        if (folder / "STOP").exists():
-            (folder / "STOP").unlink()
+        if (folder / "STOP").exists() or (step == 2 and folder.name == os.environ.get("STAND_IN_STOPS")):
+            (folder / "STOP").unlink(missing_ok=True)
             return 0
     checkpoint = folder / f"checkpoint/step-{steps}"
     if not checkpoint.exists():

@@ -95,6 +95,7 @@ def test_processes_are_those_of_trainings(tmp_path: Path) -> None:
         ('initial_checkpoint = "phase:merged"', "", "initial_checkpoint: found nothing"),
         ('"phase:merged"', '"merged"', 'expected "phase:NAME"'),
         ('branches.a = "phase:one"\nbranches.b = "phase:two"\n', "", "branches: found nothing; expected at least two"),
+        ('branches.a = "phase:one"', 'branches.a = ""', 'branches.a: found "" (a string); expected "phase:NAME"'),
         ("overrides.data.mix", "overrides.data.mixx", "did you mean mix?"),
         ("nproc = 3", "nproc = 0", "nproc: found 0; expected at least 1"),
         ("nproc = 3", 'overrides.job.dump_folder = "x"', "a phase's folder is that of the pipeline and its name"),

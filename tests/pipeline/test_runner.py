@@ -175,6 +175,27 @@ def test_a_failure_ends_the_run_and_the_next_one_goes_on(pipeline: Path, monkeyp
     assert record is not None and (record.state, record.starts) == ("done", 2) and starts(out, "left") == 1
 
 
+def test_a_training_that_somebody_stops_is_no_failure(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = pipeline.parent / "out"
+    monkeypatch.setenv("STAND_IN_STOPS", "right")
+    with pytest.raises(SystemExit, match=str(STOPPED_STATUS)):
+        run(str(pipeline))
+    record = Ledger(out).read("right")
+    assert record is not None and record.state == "stopped"
+    monkeypatch.delenv("STAND_IN_STOPS")
+    run(str(pipeline))
+    assert starts(out, "right") == 2 and starts(out, "left") == 1 and len(state_of(out)["right"]) == 6
+
+
+def test_a_begun_training_does_not_go_on_with_other_settings(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_STOPS", "right")
+    with pytest.raises(SystemExit):
+        run(str(pipeline))
+    (pipeline.parent / "out/right/checkpoint").mkdir()
+    with pytest.raises(JobError, match=r"right: begun with other settings: optimizer.lr \(0.003 then, 0.1 now\)"):
+        run(str(pipeline), only=["right"], overrides=["--optimizer.lr", "0.1"])
+
+
 def test_side_by_side(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two waits for the other's first step."""
     out = pipeline.parent / "out"
