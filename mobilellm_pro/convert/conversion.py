@@ -6,9 +6,9 @@ mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,19 +48,27 @@ def convert(
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; remove it, choose another folder or say --overwrite")
     loaded = load_model(source, dtype)
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+    with whole_folder(target) as folder:
+        if (Path(source) / "config.json").is_file():
+            dcp.save(loaded.model.state_dict(), checkpoint_id=str(folder), no_dist=True)
+        else:
+            _write_hugging_face(loaded, folder, dtype)
+    print(f"{source} -> {target} ({dtype})")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder that takes the place of `path` after the block; what a kill has left of it is removed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        if (Path(source) / "config.json").is_file():
-            dcp.save(loaded.model.state_dict(), checkpoint_id=str(temporary), no_dist=True)
-        else:
-            _write_hugging_face(loaded, temporary, dtype)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{source} -> {target} ({dtype})")
 
 
 def _write_hugging_face(loaded: LoadedModel, folder: Path, dtype: str) -> None:

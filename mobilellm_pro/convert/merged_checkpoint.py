@@ -4,9 +4,7 @@ Nothing here holds a model: a parameter of each branch is read, added to the sum
 before the next one is read.
 """
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,19 +55,6 @@ class Branches:
 
 def _num_bytes(kind: ParameterKind) -> int:
     return int(np.prod(kind.shape)) * kind.dtype.itemsize
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `path` that gets its name after the block; what a kill has left is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_merged(

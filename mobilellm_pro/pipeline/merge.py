@@ -30,7 +30,8 @@ from torch import Tensor
 
 from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.config import JobConfig, resolved_toml
-from mobilellm_pro.convert.merged_checkpoint import Branches, whole_folder, write_hugging_face_copy, write_merged
+from mobilellm_pro.convert.conversion import whole_folder
+from mobilellm_pro.convert.merged_checkpoint import Branches, write_hugging_face_copy, write_merged
 from mobilellm_pro.merging.drift import relative_distances
 from mobilellm_pro.merging.line_log import LineLog
 from mobilellm_pro.merging.search_plot import draw_search

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mobilellm_pro.config import load
-from mobilellm_pro.convert.conversion import convert, write_computed_safetensors, write_safetensors
-from mobilellm_pro.convert.merged_checkpoint import Branches, whole_folder, write_hugging_face_copy, write_merged
+from mobilellm_pro.convert.conversion import convert, whole_folder, write_computed_safetensors, write_safetensors
+from mobilellm_pro.convert.merged_checkpoint import Branches, write_hugging_face_copy, write_merged
 from mobilellm_pro.merging.weighted_average import LayerGroups
 from mobilellm_pro.model.checkpoint import empty_model, load_model
 from mobilellm_pro.model.stored_parameters import ParameterKind, StoredParameters, write_parameters
