@@ -5,7 +5,6 @@ mobilellm-pro convert outputs/debug/hugging_face outputs/debug/from_hugging_face
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,7 +118,7 @@ def write_computed_safetensors(
         folder: to write to.
         shard_bytes: largest file, but for a single tensor that is larger.
     """
-    shards = list(_shards({name: _num_bytes(kind) for name, kind in kinds.items()}, shard_bytes))
+    shards = list(_shards({name: kind.num_bytes for name, kind in kinds.items()}, shard_bytes))
     if len(shards) == 1:
         write_safetensors_file(folder / "model.safetensors", kinds, compute)
         return
@@ -128,13 +127,9 @@ def write_computed_safetensors(
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors_file(folder / file, {name: kinds[name] for name in names}, compute)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(map(_num_bytes, kinds.values()))
+    total = sum(kind.num_bytes for kind in kinds.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _num_bytes(kind: ParameterKind) -> int:
-    return math.prod(kind.shape) * kind.dtype.itemsize
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

@@ -33,7 +33,7 @@ class Branches:
     def __init__(self, folders: Sequence[Path], names: Sequence[str], memory_bytes: int = 0) -> None:
         self.names = list(names)
         self._stored = [StoredParameters(folder) for folder in folders]
-        self.num_bytes = sum(_num_bytes(stored.kind(name)) for stored in self._stored for name in self.names)
+        self.num_bytes = sum(stored.kind(name).num_bytes for stored in self._stored for name in self.names)
         self._kept: dict[tuple[int, str], Tensor] | None = {} if self.num_bytes <= memory_bytes else None
 
     def __len__(self) -> int:
@@ -51,10 +51,6 @@ class Branches:
         """sum_b w_b theta_b of a parameter, in float32; branches of weight 0 are not read."""
         used = [(branch, float(weight)) for branch, weight in enumerate(weights) if weight != 0]
         return weighted_average((self.read(branch, name) for branch, _ in used), [weight for _, weight in used])
-
-
-def _num_bytes(kind: ParameterKind) -> int:
-    return int(np.prod(kind.shape)) * kind.dtype.itemsize
 
 
 def write_merged(

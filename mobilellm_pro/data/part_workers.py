@@ -120,15 +120,19 @@ def _start_worker(tokenizer: Tokenizer, threads: int, progress: Progress) -> Non
     global _worker
     _worker = tokenizer, threads, progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _die_with_parent() -> None:
-    """Ends this process with its parent: one that lived on would write into parts that the next run makes again."""
+def end_with_parent() -> None:
+    """Lets a worker process end with its parent: one that lived on would write what the next run makes again."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def wait_for_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _make_in_worker(job: PartJob) -> PartMade:

@@ -1,5 +1,6 @@
 """The parameters of a model in a DCP checkpoint, one in memory at a time, however many ranks wrote it."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ class ParameterKind(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class StoredParameters:

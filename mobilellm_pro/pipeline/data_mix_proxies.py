@@ -10,7 +10,6 @@ everything, which saves most of a minute each on a small machine.
 
 import multiprocessing
 import os
-import threading
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from mobilellm_pro.config import load
+from mobilellm_pro.data.part_workers import end_with_parent
 from mobilellm_pro.data_mix.mixture_file import datasets_text
 from mobilellm_pro.data_mix.weights_simplex import UNITS, decimal_shares
 from mobilellm_pro.evaluation.held_out import held_out
@@ -206,7 +206,7 @@ def _train_and_test(
     job: str, words: Sequence[str], tests: Sequence[str], folder: Path, threads: int, log: Path
 ) -> None:
     """What the forked process does; it ends with its parent, so that no second start meets it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -217,10 +217,3 @@ def _train_and_test(
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(1) from error
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
