@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "mobilellm_pro"
 # config stands below model: the model's flavors read the configuration, never the other way round.
 FLOORS = {
     "atomic_file": -1,
+    "file_lock": -1,
+    "parent_death": -1,
     "static_page": -1,
     "json_lines": -1,
     "repeated_names": -1,

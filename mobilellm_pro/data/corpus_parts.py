@@ -7,7 +7,6 @@ they become the manifest and disappear. A part's files are named after it, so pa
     plan.json  part-00000.json  train-00000-000.bin/.idx  train-00000-001.bin/.idx  valid-00000-000.bin/.idx  ...
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from mobilellm_pro.data.shard_writer import full_disk_named
 from mobilellm_pro.data.source import Source
 from mobilellm_pro.data.source_records import corpus_sources, source_changes
 from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.file_lock import try_lock
 
 SPLITS = ("train", "valid", "dev")
 PLAN = "plan.json"
@@ -272,15 +272,8 @@ def only_one(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "prepare.lock"
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A holder that is done removes the file; whoever had it open then locks one that others do not see.
-            free = os.fstat(file.fileno()).st_nlink > 0
-        except BlockingIOError:
-            free = False
-        except OSError:
-            free = True  # a file system without locks
-        if not free:
+        # A holder that is done removes the file; whoever had it open then locks one that others do not see.
+        if not (try_lock(file.fileno(), path) and os.fstat(file.fileno()).st_nlink > 0):
             raise ValueError(f"{path}: another `prepare` is making this corpus: wait for it or end it")
         try:
             yield

@@ -7,7 +7,6 @@ ledger/NAME.lock   held (flock) by whoever runs the phase and inherited by the p
 A record has a file of its own because phases may run side by side, on several nodes of a cluster.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_pro.atomic_file import write_atomically
+from mobilellm_pro.file_lock import try_lock
 
 FOLDER = "ledger"
 LOCK_SECONDS = 60.0
@@ -107,7 +107,7 @@ class Ledger:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_lock(descriptor):
+            while not try_lock(descriptor, path):
                 if time.monotonic() > deadline:
                     raise ValueError(f"{path}: another process runs this phase; wait for it, or stop it")
                 time.sleep(0.2)
@@ -122,17 +122,9 @@ class Ledger:
             return False
         descriptor = os.open(path, os.O_RDWR)
         try:
-            return not _try_lock(descriptor)
+            return not try_lock(descriptor, path)
         finally:
             os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobilellm_pro.config import JobConfig, load, resolved_toml, smallest_world_size
 from mobilellm_pro.model.checkpoint import latest_checkpoint
@@ -21,7 +21,11 @@ from mobilellm_pro.pipeline.varied_job import flatten, read_toml, words_of
 from mobilellm_pro.training.preflight import problems
 from mobilellm_pro.training.run import is_finished
 
+if TYPE_CHECKING:
+    from mobilellm_pro.pipeline.merge_plan import MergePlan
+
 DONE = "DONE"
+_NOT_DECISIVE = ("job.dump_folder", "job.description")
 Products = Mapping[str, Path]
 """Name of a phase that is done -> what it has made."""
 
@@ -87,7 +91,7 @@ def _train_settings(phase: Phase, products: Products) -> dict[str, Any]:
     values |= {key: f"{PREFIX}{name}" for key, name in phase.references.items() if key in values}
     if phase.initial:
         values["checkpoint.initial_load_path"] = f"{PREFIX}{phase.initial}"
-    return {key: value for key, value in values.items() if key not in ("job.dump_folder", "job.description")}
+    return {key: value for key, value in values.items() if key not in _NOT_DECISIVE}
 
 
 def _flat_job(config: JobConfig) -> dict[str, Any]:
@@ -145,6 +149,21 @@ def _prepare_problems(phase: Phase, products: Products) -> Iterator[str]:
     yield from ()
 
 
+def corpora_folder(phase: Phase) -> Path | None:
+    """Where a phase that prepares corpora writes them; None for other kinds, which write into their own folder."""
+    return Path(read_toml(Path(_file(phase)), "corpora")["output"]) if phase.kind == "prepare" else None
+
+
+def _prepare_product(phase: Phase) -> Path | None:
+    """The folder of the corpora, if all of them are complete."""
+    from mobilellm_pro.data.dataset_config import load_datasets_config
+    from mobilellm_pro.data.manifest import FILE
+
+    config = load_datasets_config(_file(phase))
+    complete = all((config.output / dataset.name / FILE).is_file() for dataset in config.datasets)
+    return config.output if complete else None
+
+
 def _mix_problems(phase: Phase, products: Products) -> Iterator[str]:
     from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 
@@ -153,12 +172,15 @@ def _mix_problems(phase: Phase, products: Products) -> Iterator[str]:
 
 
 def _mix_settings(phase: Phase, products: Products) -> dict[str, Any]:
-    """With the proxies' job, another file."""
     from mobilellm_pro.pipeline.data_mix_plan import load_mix_plan
 
-    job = _flat_job(load_mix_plan(_file(phase)).base)
-    del job["job.dump_folder"]
-    return _file_settings(phase, products) | {f"proxy.job.{key}": value for key, value in job.items()}
+    return _file_settings(phase, products) | _job_settings("proxy.job", load_mix_plan(_file(phase)).base)
+
+
+def _job_settings(prefix: str, config: JobConfig) -> dict[str, Any]:
+    """Of the job that a phase's file names: another file, whose keys decide too."""
+    flat = _flat_job(config)
+    return {f"{prefix}.{key}": value for key, value in flat.items() if key not in _NOT_DECISIVE}
 
 
 def _mix_metrics(phase: Phase) -> dict[str, Any]:
@@ -172,12 +194,20 @@ def _merge_command(phase: Phase, products: Products) -> list[str]:
     return ["mobilellm-pro", "merge", _file(phase), *words]
 
 
-def _merge_problems(phase: Phase, products: Products) -> Iterator[str]:
+def _merge_plan(phase: Phase) -> "MergePlan":
     from mobilellm_pro.pipeline.merge_plan import load_merge_plan
 
     branches = [f"{branch}={PREFIX}{name}" for branch, name in phase.branches.items()]
-    load_merge_plan(_file(phase), str(phase.folder), f"{PREFIX}{phase.initial}", branches)
+    return load_merge_plan(_file(phase), str(phase.folder), f"{PREFIX}{phase.initial}", branches)
+
+
+def _merge_problems(phase: Phase, products: Products) -> Iterator[str]:
+    _merge_plan(phase)
     yield from ()
+
+
+def _merge_settings(phase: Phase, products: Products) -> dict[str, Any]:
+    return _file_settings(phase, products) | _job_settings("job", _merge_plan(phase).job)
 
 
 def _merge_metrics(phase: Phase) -> dict[str, Any]:
@@ -227,7 +257,7 @@ KINDS: dict[str, Kind] = {
         lambda phase, products: ["mobilellm-pro", "prepare", _file(phase), "--cluster"],
         _file_settings,
         _prepare_problems,
-        lambda phase: Path(read_toml(Path(_file(phase)), "corpora")["output"]),
+        _prepare_product,
         _no_metrics,
     ),
     "data_mix": Kind(
@@ -240,7 +270,7 @@ KINDS: dict[str, Kind] = {
     "train": Kind(_train_command, _train_settings, _train_problems, _train_product, _train_metrics),
     "merge": Kind(
         _merge_command,
-        _file_settings,
+        _merge_settings,
         _merge_problems,
         lambda phase: latest_checkpoint(phase.folder / "checkpoint"),
         _merge_metrics,

@@ -10,17 +10,19 @@ import threading
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import IO
 
 from mobilellm_pro.pipeline.ledger import Ledger, Record
-from mobilellm_pro.pipeline.phase_kinds import KINDS, Products
+from mobilellm_pro.pipeline.phase_kinds import KINDS, Products, corpora_folder
 from mobilellm_pro.pipeline.phases import Phase
 from mobilellm_pro.pipeline.run_command import CommandFailed, log_end, start
 from mobilellm_pro.training.run_folder import describe_environment
 from mobilellm_pro.training.stop_request import STOP
 
 LOGS = "logs"
+REPLACED = "replaced"
 
 
 class PhaseProcess:
@@ -145,6 +147,8 @@ class PhaseProcess:
 def set_aside(phase: Phase, ledger: Ledger, replaced: Path) -> Path | None:
     """Moves what a phase has made out of the way and forgets its record; nothing is deleted.
 
+    Corpora stay beside where they were, as NAME.replaced.1.
+
     Args:
         phase: that is to run again.
         ledger: with its record.
@@ -157,12 +161,18 @@ def set_aside(phase: Phase, ledger: Ledger, replaced: Path) -> Path | None:
         record = ledger.folder / f"{phase.name}.json"
         if not phase.folder.exists() and not record.exists():
             return None
-        number = 1
-        while (target := replaced / f"{phase.name}.{number}").exists():
-            number += 1
+        target = _unused(replaced / phase.name)
         target.mkdir(parents=True)
         # The record first: without it the phase counts as not begun, and a folder without record is gone on with.
         for path, name in ((record, "record.json"), (phase.folder, phase.name)):
             if path.exists():
                 shutil.move(path, target / name)
+        corpora = corpora_folder(phase)
+        if corpora is not None and corpora.exists():  # perhaps on a disk of their own: they stay there
+            corpora.rename(_unused(corpora.with_name(f"{corpora.name}.{REPLACED}")))
         return target
+
+
+def _unused(path: Path) -> Path:
+    """The path with the first number that is free."""
+    return next(found for number in count(1) if not (found := path.with_name(f"{path.name}.{number}")).exists())

@@ -7,12 +7,10 @@ A command must not outlive who started it: a second start would meet it in the s
 end (SIGTERM, which torchrun passes on to its ranks) as soon as this process is gone, even by SIGKILL.
 """
 
-import ctypes
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +18,9 @@ from typing import IO, Any
 
 import torch
 
+from mobilellm_pro.parent_death import parent_death_signal
+
 TRAIN, EVALUATE = "TRAIN_COMMAND", "EVALUATE_COMMAND"
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class CommandFailed(ValueError):
@@ -98,15 +97,16 @@ def start(
 
 def _ends_with_starter() -> Callable[[], None] | None:
     """What the child does between fork and exec; all that it needs is made ready before the fork."""
-    if sys.platform != "linux":
+    ask_for_signal, starter = parent_death_signal(signal.SIGTERM), os.getpid()
+    if ask_for_signal is None:
         return None
-    prctl, starter = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
 
-    def ask_for_signal() -> None:
-        if prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0 or os.getppid() != starter:
+    def prepare() -> None:
+        ask_for_signal()
+        if os.getppid() != starter:
             os._exit(1)  # the starter is gone already: nobody would send the signal
 
-    return ask_for_signal
+    return prepare
 
 
 def run_logged(what: str, name: str, kind: str, command: Sequence[str], log: Path) -> None:

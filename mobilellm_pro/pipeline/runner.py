@@ -19,7 +19,7 @@ from types import FrameType
 from mobilellm_pro.config import ConfigError, JobError
 from mobilellm_pro.pipeline.ledger import Ledger, Record, changed_keys
 from mobilellm_pro.pipeline.phase_kinds import KINDS
-from mobilellm_pro.pipeline.phase_process import LOGS, PhaseProcess, set_aside
+from mobilellm_pro.pipeline.phase_process import LOGS, REPLACED, PhaseProcess, set_aside
 from mobilellm_pro.pipeline.phases import Phase, Pipeline, load_pipeline
 from mobilellm_pro.pipeline.pipeline_status import Progress, progress_table
 from mobilellm_pro.pipeline.run_command import CommandFailed
@@ -27,7 +27,6 @@ from mobilellm_pro.pipeline.run_command import CommandFailed
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop and can be started again (EX_TEMPFAIL of sysexits.h)."""
 
-REPLACED = "replaced"
 _POLL_SECONDS = 0.1
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -54,7 +53,8 @@ def run(
         pipeline: TOML file with the phases.
         output: folder for everything; default: the file's.
         only: these phases; those that they need must be done.
-        from_: do this phase again and all that need it; what they have made is moved to replaced/.
+        from_: do this phase again and all that need it; what they have made is moved to replaced/, corpora to a
+            folder beside theirs.
         parallel: phases that may run side by side, as specialists.
         dry_run: print the phases with their commands, tokens and estimated times, and start nothing.
         hardware: h100 or h200, for the estimates of trainings that have not run; default: as fast as those that have.

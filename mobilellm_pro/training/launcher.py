@@ -4,15 +4,14 @@ torchrun ends its ranks when it ends itself, unless it is killed (SIGKILL, out o
 asked to kill a process when its parent dies.
 """
 
-import ctypes
 import os
 import signal
-import sys
 from datetime import timedelta
 
 import torch.distributed as dist
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+from mobilellm_pro.parent_death import parent_death_signal
+
 _ANSWER_SECONDS = 15
 
 
@@ -22,12 +21,10 @@ def end_with_launcher() -> None:
     Raises:
         SystemExit: torchrun is gone already; it died while this process imported its modules.
     """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+    ask_for_signal = parent_death_signal(signal.SIGKILL)
+    if ask_for_signal is None or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
+    ask_for_signal()
     if not _launcher_answers():
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise SystemExit(f"error: torchrun does not answer at {address}: it ended while this rank was starting")

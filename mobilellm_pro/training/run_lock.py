@@ -4,7 +4,6 @@ It is a lock of the process (POSIX), not of the open file: workers of a data loa
 killed rank for seconds, do not hold it.
 """
 
-import errno
 import fcntl
 import os
 import socket
@@ -13,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torchtitan.tools.logging import logger
-
 from mobilellm_pro.config import JobError
+from mobilellm_pro.file_lock import try_lock
 
 LOCK = "run.lock"
 WAIT_SECONDS = 40.0
 """A run that was asked to stop or whose launcher was killed may be about to end; torchrun gives its ranks 30 s."""
-
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -37,7 +33,7 @@ def run_lock(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]
     """
     deadline = time.monotonic() + wait_seconds
     with (folder / LOCK).open("a+") as file:
-        while not _try_lock(file.fileno()):
+        while not try_lock(file.fileno(), file.name, fcntl.lockf):
             if time.monotonic() >= deadline:
                 file.seek(0)
                 raise JobError(
@@ -52,16 +48,3 @@ def run_lock(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            logger.warning("the file system has no locks: nothing keeps a second run out of job.dump_folder")
-            return True
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise
-    return True

@@ -6,6 +6,7 @@ import pytest
 
 from mobilellm_pro.config import ConfigError
 from mobilellm_pro.pipeline.ledger import Record, changed_keys
+from mobilellm_pro.pipeline.phase_kinds import KINDS
 from mobilellm_pro.pipeline.phases import Pipeline, load_pipeline
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
@@ -151,3 +152,10 @@ def test_identity_is_settings_and_inputs() -> None:
 def test_changes_name_both_values() -> None:
     found = changed_keys({"same": 1, "other": 1, "gone": [1]}, {"same": 1, "other": 2, "new": "x"})
     assert found == ["gone ([1] then, the default now)", 'new (the default then, "x" now)', "other (1 then, 2 now)"]
+
+
+def test_the_job_that_a_phases_file_names_decides_about_the_phase_too() -> None:
+    phase = load_pipeline("train_configs/debug/pipeline.toml")["3_merge"]
+    settings = KINDS["merge"].settings(phase, {})
+    assert settings["job.data.tokenizer"] == "tests/assets/debug_tokenizer.model"
+    assert settings["branches.code"] == "phase:3_specialist_code" and "job.job.dump_folder" not in settings

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from mobilellm_pro.config import JobError
+from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline import ledger as ledgers
-from mobilellm_pro.pipeline.ledger import Ledger
+from mobilellm_pro.pipeline.ledger import Ledger, Record
+from mobilellm_pro.pipeline.phase_kinds import KINDS
+from mobilellm_pro.pipeline.phase_process import set_aside
+from mobilellm_pro.pipeline.phases import load_pipeline
 from mobilellm_pro.pipeline.pipeline_status import duration, status
 from mobilellm_pro.pipeline.run_command import CommandFailed
 from mobilellm_pro.pipeline.runner import STOPPED_STATUS, run
@@ -267,3 +271,21 @@ def test_an_hour_is_said_as_one() -> None:
     assert [duration(seconds) for seconds in (59.4, 61, 3661, 86_400 * 2.55)] == [
         "59 s", "1 min 1 s", "1 h 1 min", "2.5 days",
     ]  # fmt: skip
+
+
+def test_corpora_count_as_made_when_all_are_there_and_are_set_aside_beside_themselves(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("a document of some words " * 20)
+    datasets = 'tokenizer = "tests/assets/debug_tokenizer.model"\noutput = "{0}/tokens"\n[[dataset]]\nname = "a"\n'
+    datasets += 'format = "folder"\nsource = "{0}/text"\nholdout = 0.0\n'
+    (tmp_path / "datasets.toml").write_text(datasets.format(tmp_path))
+    prepare_phase = '[[phase]]\nname = "tokens"\nkind = "prepare"\nconfig = "datasets.toml"\n'
+    (tmp_path / "pipeline.toml").write_text(f'output = "{tmp_path}/out"\n{prepare_phase}')
+    phase, ledger = load_pipeline(tmp_path / "pipeline.toml")["tokens"], Ledger(tmp_path / "out")
+    assert KINDS["prepare"].product(phase) is None
+    prepare(tmp_path / "datasets.toml", workers=0)
+    ledger.write(Record("tokens", "prepare"))
+    assert KINDS["prepare"].product(phase) == tmp_path / "tokens"
+    assert set_aside(phase, ledger, tmp_path / "out/replaced") == tmp_path / "out/replaced/tokens.1"
+    assert (tmp_path / "tokens.replaced.1/a/manifest.json").is_file() and not (tmp_path / "tokens").exists()
+    assert ledger.read("tokens") is None and (tmp_path / "out/replaced/tokens.1/record.json").is_file()
