@@ -48,6 +48,7 @@ class Kill:
 
 def main() -> None:
     """Command line."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for `mobilellm-pro`
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and of whom they hit")
@@ -80,7 +81,7 @@ def _pipeline_seconds(pipeline: Pipeline) -> float:
 
 def _disturbed(pipeline: Pipeline, choice: random.Random, count: int, span: float) -> Iterator[Kill]:
     """Runs the pipeline to its end, with a kill after every `span` seconds of work on average."""
-    runner = _start(pipeline)
+    runner, hits = _start(pipeline), Counter[str]()
     for _ in range(count):
         if runner.poll() is not None:
             runner = _start(pipeline)
@@ -89,7 +90,7 @@ def _disturbed(pipeline: Pipeline, choice: random.Random, count: int, span: floa
             if runner.wait(choice.uniform(0, 2 * span)) == 0:
                 return  # done before the last kill
         except subprocess.TimeoutExpired:
-            yield _kill_one(pipeline, runner.pid, choice, begin)
+            yield _kill_one(pipeline, runner.pid, choice, hits, begin)
         try:
             runner.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -107,12 +108,15 @@ def _start(pipeline: Pipeline) -> "subprocess.Popen[bytes]":
     return runner
 
 
-def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, begin: float) -> Kill:
+def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, hits: Counter[str], begin: float) -> Kill:
     phase = _running_phase(pipeline) or "between phases"
     by_name: dict[str, list[int]] = {}
     for process in descendants(runner):
         by_name.setdefault(_name(process, runner), []).append(process)
-    name = choice.choice(sorted(by_name))
+    # All kinds alike: the moments are random, and one of a few kinds would seldom be hit.
+    fewest = min(hits[name] for name in by_name)
+    name = choice.choice(sorted(name for name in by_name if hits[name] == fewest))
+    hits[name] += 1
     try:
         os.kill(choice.choice(by_name[name]), signal.SIGKILL)
     except ProcessLookupError:

@@ -37,6 +37,6 @@ nproc="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, len(os.sched_getaffinity(0)) // $nproc))")}"
 # Variable sequence layouts fragment the allocator's fixed segments.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-exec torchrun --nproc_per_node="$nproc" --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
+exec python launch/torchrun.py --nproc_per_node="$nproc" --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
     --rdzv_backend=c10d --rdzv_endpoint="${RENDEZVOUS:-localhost:0}" --rdzv_id="${RENDEZVOUS_ID:-none}" \
     --local-ranks-filter="${LOG_RANKS:-0}" --role=rank --tee=3 -m mobilellm_pro train "$@"

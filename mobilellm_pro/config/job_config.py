@@ -180,6 +180,26 @@ class Data:
     """When a corpus would pass its `max_epochs` before the last step: refuse to start, or stop before that step."""
 
 
+QAT = "qat"
+"""Of `model.converters`."""
+
+
+@dataclass
+class Quantization:
+    """Quantization-aware training, which `model.converters = ["qat"]` switches on."""
+
+    scheme: Literal["none", "cpu", "accelerator"] = "none"
+    """`cpu`: weights of 4 bits in groups of 32, activations and cache of 8 bits. `accelerator`: weights of 4 bits with
+    a range for each output channel, everything else in the model's type. Exported is what was trained."""
+
+    learned_ranges: bool | None = None
+    """Whether the ranges of the weights are parameters, or follow from the weights. Default: the scheme's (`cpu`:
+    computed, `accelerator`: learned)."""
+
+    range_lr: float = 1e-4
+    """Peak learning rate of learned ranges; they have no weight decay. A range is about as large as a weight."""
+
+
 @dataclass
 class Needle(NeedleCells):
     """The needle test during training (`mobilellm-pro needle` tests a finished checkpoint)."""
@@ -222,3 +242,4 @@ class JobConfig(TitanJobConfig):
     data: Data = field(default_factory=Data)
     needle: Needle = field(default_factory=Needle)
     guard: Guard = field(default_factory=Guard)
+    quantization: Quantization = field(default_factory=Quantization)

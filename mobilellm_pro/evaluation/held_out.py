@@ -131,7 +131,7 @@ def document_nats(model: Student, ids: Tensor) -> float:
         model: the student.
         ids: [S] on its device, S >= 2.
     """
-    cache, total = KVCache(len(ids)), 0.0
+    cache, total = KVCache(len(ids), model.cache_dtype), 0.0
     for first in range(0, len(ids) - 1, CHUNK_TOKENS):
         last = min(first + CHUNK_TOKENS, len(ids) - 1)
         labels = ids[first + 1 : last + 1].unsqueeze(0)

@@ -46,8 +46,8 @@ from mobilellm_pro.evaluation.needle_results import (
 )
 from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.model.generation import continue_tokens
-from mobilellm_pro.model.kv_cache import CacheDtype
 from mobilellm_pro.model.student import Student
+from mobilellm_pro.quantization.scheme import CacheDtype
 
 Generate = Callable[[Tensor, int], Tensor]
 """(prompts [B, S], number of tokens) -> greedy continuation [B, at most that number]."""
@@ -65,7 +65,7 @@ def needle(
     seed: int = 0,
     answer_tokens: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    cache_dtype: Literal["model", "int8"] = "model",
+    cache_dtype: Literal["model", "int8"] | None = None,
     prefill_tokens: int = 2048,
     tokenizer: str | None = None,
     allow_longer: bool = False,
@@ -87,7 +87,7 @@ def needle(
         seed: of the texts and numbers.
         answer_tokens: to generate, and to leave room for.
         dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
-        cache_dtype: of the KV cache; int8 is the device's.
+        cache_dtype: of the KV cache; int8 is the device's. Default: what the student is trained for.
         prefill_tokens: of a prompt at a time.
         tokenizer: tiktoken file or "llama4"; default the checkpoint's own.
         allow_longer: prompts beyond the length that the model was trained on are no error.
@@ -109,7 +109,8 @@ def needle(
     source = open_haystack(haystack, text)
     check_prompts(grid, source, text)  # an error now, not in hours
     folder = Path(output or f"outputs/needle/{_name(checkpoint)}")
-    settings = _settings(grid, source, text, student) | {"dtype": loaded.dtype, "cache_dtype": cache_dtype}
+    types = {"dtype": loaded.dtype, "cache_dtype": cache_dtype or student.cache_dtype}
+    settings = _settings(grid, source, text, student) | types
     agree_on_cells(folder, settings)
     _run_missing_cells(folder, greedy(student, text, prefill_tokens, cache_dtype), text, grid, source, batch)
     return _finished(folder, grid, {"checkpoint": checkpoint, "settings": settings})
@@ -123,7 +124,7 @@ def needle_score(
     haystack: Haystack | None = None,
     batch: int = 1,
     prefill_tokens: int = 2048,
-    cache_dtype: CacheDtype = "model",
+    cache_dtype: CacheDtype | None = None,
 ) -> dict[str, Any]:
     """Runs a grid on a model in memory.
 
@@ -137,7 +138,7 @@ def needle_score(
         haystack: default the generated filler.
         batch: rows at a time.
         prefill_tokens: of a prompt at a time.
-        cache_dtype: of the KV cache.
+        cache_dtype: of the KV cache; default: what the student is trained for.
 
     Returns:
         `summary` of the grid: score in percent, correct, total, by_length, by_depth, cells.
@@ -196,7 +197,7 @@ def run_cells(
 
 
 def greedy(
-    model: Student, tokenizer: Tokenizer, prefill_tokens: int = 2048, cache_dtype: CacheDtype = "model"
+    model: Student, tokenizer: Tokenizer, prefill_tokens: int = 2048, cache_dtype: CacheDtype | None = None
 ) -> Generate:
     """A student's greedy decoding with a KV cache, on its own device; ends at the end of the text."""
     device = model.embed_tokens.weight.device

@@ -17,10 +17,11 @@ from torchtitan.protocols.model import ModelProtocol
 
 from mobilellm_pro.config import JobConfig, load
 from mobilellm_pro.model.hugging_face import read_config, student_args, teacher_args
-from mobilellm_pro.model.registry import model_on_meta
+from mobilellm_pro.model.quantized_modules import is_range
+from mobilellm_pro.model.registry import configured_args, model_on_meta
 from mobilellm_pro.model.shard_loading import load_tensors
-from mobilellm_pro.model.student import Student
-from mobilellm_pro.model.teacher import Teacher
+from mobilellm_pro.model.student import Student, StudentArgs
+from mobilellm_pro.model.teacher import Teacher, TeacherArgs
 
 
 class RunCheckpoint(NamedTuple):
@@ -48,10 +49,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def checkpoint_problems(model: nn.Module, folder: Path, *, resume: bool = False) -> list[str]:
+def checkpoint_problems(model: nn.Module, folder: Path, *, resume: bool = False, begins: bool = False) -> list[str]:
     """What keeps a DCP checkpoint from filling the model: missing and wrongly shaped tensors.
 
-    With `resume`, also what keeps a run from going on from it: a model without its optimizer.
+    Args:
+        model: on the meta device.
+        folder: of the checkpoint.
+        resume: also what keeps a run from going on from it: a model without its optimizer.
+        begins: a run begins with it: learned ranges of weights need not be there.
     """
     if not (folder / ".metadata").is_file():
         return [f"{folder}: no complete DCP checkpoint (.metadata is missing); expected a folder step-N of a run"]
@@ -62,6 +67,8 @@ def checkpoint_problems(model: nn.Module, folder: Path, *, resume: bool = False)
     found = []
     for name, parameter in model.named_parameters():
         size = getattr(stored.get(name), "size", None)
+        if size is None and begins and is_range(name):
+            continue  # it begins at the range of its weight
         if size is None:
             found.append(f"{folder}: parameter {name} is missing")
         elif tuple(size) != tuple(parameter.shape):
@@ -95,6 +102,24 @@ def find_checkpoint(source: str | Path) -> RunCheckpoint:
             "checkpoint/step-N) or a step-N folder inside one"
         )
     return RunCheckpoint(config, step)
+
+
+def architecture(source: str | Path) -> StudentArgs | TeacherArgs:
+    """What a frozen model is: a Hugging Face folder's, or that of a run's checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder is neither.
+        ValueError: its config.json is of no model of ours, or the run trained a quantized student.
+    """
+    if (Path(source) / "config.json").is_file() or not Path(source).is_dir():
+        config = read_config(source)
+        return student_args(config, source) if config.get("model_type") == "smollm3" else teacher_args(config, source)
+    run = find_checkpoint(source).config
+    if run.quantization.scheme != "none":
+        raise ValueError(f"{source}: a student that was quantized while it trained; take one in full precision")
+    args = configured_args(run)
+    assert isinstance(args, StudentArgs | TeacherArgs)
+    return args
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobilellm_pro.model.kv_cache import CacheDtype, KVCache
+from mobilellm_pro.model.kv_cache import KVCache
 from mobilellm_pro.model.student import Student
+from mobilellm_pro.quantization.scheme import CacheDtype
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def continue_tokens(
     stop_ids: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
     prefill_tokens: int = 2048,
-    cache_dtype: CacheDtype = "model",
+    cache_dtype: CacheDtype | None = None,
 ) -> Tensor:
     """Appends tokens to a prompt.
 
@@ -37,7 +38,7 @@ def continue_tokens(
         stop_ids: ends when every row has produced one of them; a row goes on repeating its own.
         generator: source of randomness.
         prefill_tokens: of the prompt at a time.
-        cache_dtype: of the KV cache.
+        cache_dtype: of the KV cache; default: what the student is trained for.
 
     Returns:
         [B, <= N] new ids.
@@ -51,7 +52,7 @@ def continue_tokens(
         raise ValueError(f"prefill_tokens = {prefill_tokens}; expected at least 1")
     if max_new_tokens < 1:
         return prompt[:, :0]
-    cache = KVCache(prompt.shape[1] + max_new_tokens, cache_dtype)
+    cache = KVCache(prompt.shape[1] + max_new_tokens, cache_dtype or model.cache_dtype)
     *chunks, tokens = prompt.split(prefill_tokens, dim=1)
     for chunk in chunks:
         model(chunk, cache=cache, head=_no_logits)

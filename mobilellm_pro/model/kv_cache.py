@@ -9,16 +9,14 @@ Shapes: B rows, H query heads, G key/value heads, S new tokens, K keys, C slots,
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mobilellm_pro.model.attention import attend_to_cache
 from mobilellm_pro.model.row_shard import Span
-
-CacheDtype = Literal["model", "int8"]
-"""The model's own type, exact; or a byte a number with one range a token for K and one for V."""
+from mobilellm_pro.quantization.scheme import CacheDtype
+from mobilellm_pro.quantization.token_quantizer import dequantize_tokens, quantize_tokens
 
 LayerAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries [B, H, S, W], new keys, new values [B, G, S, W]) -> [B, H, S, W]; stores the keys and values."""
@@ -79,7 +77,7 @@ class KVCache:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the ranges of an int8 cache: 8 for K and 8 for V, a token and layer; 0 for other types."""
+        """Bytes of the ranges of an int8 cache: 8 for K and 8 for V, a token, head and layer; 0 for other types."""
         return sum(slots.scale_bytes for pair in self._layers.values() for slots in pair)
 
 
@@ -92,7 +90,7 @@ class Slots:
         self.num_slots, self.int8, self.type = num_slots, dtype == "int8", like.dtype
         shapes = [((rows, heads, num_slots, width), torch.uint8 if self.int8 else like.dtype)]
         if self.int8:
-            shapes += [((rows, 1, num_slots, 1), torch.float32)] * 2
+            shapes += [((rows, heads, num_slots, 1), torch.float32)] * 2
         self._buffers = [torch.zeros(shape, dtype=kind, device=like.device) for shape, kind in shapes]
 
     def extend(self, new: Tensor, num_before: int) -> Tensor:
@@ -122,7 +120,7 @@ class Slots:
             buffer[:, :, slots] = part
 
     def _unpack(self, packed: list[Tensor]) -> Tensor:
-        return dequantize_tokens(packed[0], packed[1], packed[2]).to(self.type) if self.int8 else packed[0]
+        return dequantize_tokens(packed[0], packed[1], packed[2], self.type) if self.int8 else packed[0]
 
     @property
     def payload_bytes(self) -> int:
@@ -133,25 +131,3 @@ class Slots:
     def scale_bytes(self) -> int:
         """Bytes of the ranges."""
         return sum(buffer.nbytes for buffer in self._buffers[1:])
-
-
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Int8, asymmetric, dynamic, per token: round((x - min) / s) with s = (max - min) / 255 over all heads of a token.
-
-    Args:
-        x: [B, G, S, W].
-
-    Returns:
-        uint8 [B, G, S, W], and s and min, fp32 [B, 1, S, 1].
-    """
-    x = x.float()
-    low, high = x.amin(dim=(1, 3), keepdim=True), x.amax(dim=(1, 3), keepdim=True)
-    scale = (high - low) / 255
-    # A token of equal numbers has no range: any divisor gives 0, which stands for min.
-    steps = (x - low) / torch.where(scale > 0, scale, 1.0)
-    return steps.round().clamp(0, 255).to(torch.uint8), scale, low
-
-
-def dequantize_tokens(payload: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    """What `quantize_tokens` gave -> fp32 [B, G, S, W], off by half a step s at most."""
-    return payload.float() * scale + low

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model import student, teacher
 from mobilellm_pro.model.parallelize import parallelize_student, parallelize_teacher
+from mobilellm_pro.model.quantized_modules import StudentQuantization, quantize_modules
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ def configured_args(config: JobConfig) -> BaseModelArgs:
 
 def model_on_meta(config: JobConfig) -> ModelProtocol:
     """The configured model without memory, for checks and plans."""
-    args = configured_args(config)
+    args, quantization = configured_args(config), configured_quantization(config)
     with torch.device("meta"):
-        return FAMILIES[config.model.name].model_cls(args)
+        model = FAMILIES[config.model.name].model_cls(args)
+        if quantization is not None:
+            quantize_modules(model, quantization)
+    return model
+
+
+def configured_quantization(config: JobConfig) -> StudentQuantization | None:
+    """How a configuration quantizes its student while it trains; None: not."""
+    chosen = config.quantization
+    if chosen.scheme == "none":
+        return None
+    param_dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    return StudentQuantization(chosen.scheme, chosen.learned_ranges, param_dtype, chosen.range_lr)

@@ -22,7 +22,9 @@ from mobilellm_pro.model.attention import Attend
 from mobilellm_pro.model.attention_mask import AttentionMask, PackedRows
 from mobilellm_pro.model.initialization import init_normal
 from mobilellm_pro.model.kv_cache import KVCache, LayerAttention
+from mobilellm_pro.model.quantized_modules import StudentQuantization, begin_ranges
 from mobilellm_pro.model.row_shard import Span
+from mobilellm_pro.quantization.scheme import CacheDtype
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [B, S, D], head weight [V, D]) -> whatever the caller wants from the model."""
@@ -113,6 +115,14 @@ FLAVORS: Mapping[str, StudentArgs] = {
 }
 
 
+class TiedEmbedding(nn.Embedding):
+    """The table that ids are looked up in and that hidden states are multiplied by."""
+
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] -> what the head multiplies: hidden states [..., D] and weight [V, D]; after the lookup."""
+        return hidden, self.weight
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotated halves; numbers of heads follow from the (sharded) projections' widths."""
 
@@ -124,6 +134,8 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(args.hidden_size, args.num_key_value_heads * args.head_dim, bias=False)
         self.o_proj = nn.Linear(args.num_attention_heads * args.head_dim, args.hidden_size, bias=False)
         self.attend = Attend()
+        self.stored: Callable[[Tensor], Tensor] | None = None
+        """Keys or values [B, G, S, W] as a cache of few bits will give them back; None: exactly."""
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask | None, cached: LayerAttention | None = None
@@ -137,6 +149,8 @@ class SelfAttention(nn.Module):
             out = cached(query, key, value)
         else:
             assert mask is not None
+            if self.stored is not None:
+                key, value = self.stored(key), self.stored(value)
             out = self.attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -182,17 +196,25 @@ class Student(ModelProtocol):
     def __init__(self, args: StudentArgs):
         super().__init__(args)
         self.model_args = args
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.quantization: StudentQuantization | None = None
+        """Set by `quantize_modules`: the model computes as it will with weights of few bits."""
+        self.embed_tokens = TiedEmbedding(args.vocab_size, args.hidden_size)
         self.layers = nn.ModuleDict({str(i): StudentLayer(args) for i in range(args.num_hidden_layers)})
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draws the initial weights; the same on every layout."""
         init_normal(self.named_parameters(), self.model_args.initializer_range, self.model_args.num_hidden_layers)
+        begin_ranges(self)
 
     def spans(self) -> dict[str, Span]:
         """Kind of layer -> how far back it looks."""
         return self.model_args.spans()
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """Of the KV cache that it is trained for."""
+        return "model" if self.quantization is None else self.quantization.scheme.cache
 
     def forward(
         self,
@@ -213,6 +235,8 @@ class Student(ModelProtocol):
         """
         args = self.model_args
         assert cache is None or masks is None, "a cache knows what its queries may see"
+        if cache is not None and self.cache_dtype == "int8" != cache.dtype:
+            raise ValueError(f'this student is trained for a cache in int8; got one of type "{cache.dtype}"')
         if positions is None:
             start = 0 if cache is None else cache.num_tokens
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -226,5 +250,4 @@ class Student(ModelProtocol):
             hidden = layer(hidden, rope, masks.get(kind), cached)
         if cache is not None:
             cache.num_tokens += tokens.shape[1]
-        hidden = self.norm(hidden)
-        return (head or F.linear)(hidden, self.embed_tokens.weight)
+        return (head or F.linear)(*self.embed_tokens.head(self.norm(hidden)))

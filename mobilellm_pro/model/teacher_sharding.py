@@ -16,6 +16,7 @@ from torchtitan.tools.utils import device_type
 from mobilellm_pro.model.attention import Attend
 from mobilellm_pro.model.experts import MoE
 from mobilellm_pro.model.parallelize import expert_placement, sum_on_gloo
+from mobilellm_pro.model.student import Student
 from mobilellm_pro.model.teacher import Teacher, TeacherLayer
 from mobilellm_pro.model.teacher_layout import Groups, TeacherLayout
 
@@ -58,7 +59,7 @@ def _own_group(groups: Groups) -> dist.ProcessGroup | None:
     return group
 
 
-def connect(model: Teacher, groups: TeacherGroups) -> None:
+def connect(model: nn.Module, groups: TeacherGroups) -> None:
     """Tells the layers with whom they share rows, heads and experts."""
     for module in model.modules():
         if isinstance(module, TeacherLayer):
@@ -69,14 +70,16 @@ def connect(model: Teacher, groups: TeacherGroups) -> None:
             module.context_group = groups.context
 
 
-def compile_layers(model: Teacher, backend: str = "inductor") -> None:
+def compile_layers(model: Teacher | Student, backend: str = "inductor") -> None:
     """Compiles layer by layer, in place.
 
     Where experts are split over ranks, shapes depend on the data, and in float32 torch cannot trace the grouped
     product: of such a layer only the attention and the shared expert are compiled.
     """
     for layer in model.layers.values():
-        assert isinstance(layer, TeacherLayer)
+        if not isinstance(layer, TeacherLayer):
+            layer.compile(backend=backend, fullgraph=True)
+            continue
         feed_forward = layer.feed_forward
         traceable = layer.input_layernorm.weight.dtype == torch.bfloat16
         whole = not isinstance(feed_forward, MoE) or (traceable and feed_forward.expert_group is None)
@@ -102,6 +105,9 @@ def shard_frozen(model: nn.Module, groups: TeacherGroups, *, resident: bool) -> 
     mesh = DeviceMesh.from_group(groups.shard, device_type)
     if isinstance(model, Teacher):
         _shard_layers(model, groups, mesh, reshard=not resident)
+    elif isinstance(model, Student):
+        for layer in model.layers.values():
+            fully_shard(layer, mesh=mesh, reshard_after_forward=not resident)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     sum_on_gloo(model)
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.model.checkpoint import latest_checkpoint
+from mobilellm_pro.model.quantized_modules import begin_ranges, is_range
 from mobilellm_pro.training.disk_room import checkpoint_bytes, free_bytes, in_words
 
 _METADATA = ".metadata"
@@ -55,6 +57,17 @@ class RunCheckpoints(CheckpointManager):
             super().save(curr_step, last_step)
         if last_step:  # torchtitan returns before it
             self._purge_stale_checkpoints()
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """torchtitan's; learned ranges that a checkpoint in full precision lacks begin at those of its weights."""
+        lacking = {name for name in state_dict if is_range(name)}
+        if lacking and not from_hf:
+            lacking -= FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata.keys()
+        known = {name: value for name, value in state_dict.items() if name not in lacking}
+        super().dcp_load(known, checkpoint_id, from_hf, from_quantized)
+        if lacking:
+            for model in self.states[MODEL].model:
+                begin_ranges(model)
 
     @torch.no_grad()
     def save_to_go_on(self, step: int) -> bool:

@@ -13,9 +13,11 @@ Shapes: B rows, S tokens of a row on this rank, K tokens of a whole row, D teach
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -25,9 +27,10 @@ from torchtitan.tools.utils import set_default_dtype
 
 from mobilellm_pro.config.job_config import Teacher as TeacherConfig
 from mobilellm_pro.model.attention_mask import DocumentMask, PackedRows
-from mobilellm_pro.model.hugging_face import read_config, teacher_args
+from mobilellm_pro.model.checkpoint import architecture, find_checkpoint
 from mobilellm_pro.model.shard_loading import load_tensors
-from mobilellm_pro.model.teacher import Teacher, TeacherArgs, TeacherLayer
+from mobilellm_pro.model.student import Student, StudentArgs
+from mobilellm_pro.model.teacher import WHOLE, Split, Teacher, TeacherArgs, TeacherLayer
 from mobilellm_pro.model.teacher_layout import TeacherLayout, teacher_layout, teacher_slices
 from mobilellm_pro.model.teacher_quantization import quantize_layer
 from mobilellm_pro.model.teacher_sharding import (
@@ -46,7 +49,7 @@ HEAD = "lm_head.weight"
 class TeacherHead(nn.Module):
     """The output head alone, for hidden states that come from elsewhere."""
 
-    def __init__(self, args: TeacherArgs):
+    def __init__(self, args: TeacherArgs | StudentArgs):
         super().__init__()
         self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
@@ -80,8 +83,8 @@ class FrozenTeacher:
 
     def __init__(
         self,
-        model: Teacher | TeacherHead,
-        args: TeacherArgs,
+        model: Teacher | Student | TeacherHead,
+        args: TeacherArgs | StudentArgs,
         groups: TeacherGroups,
         *,
         mask: DocumentMask,
@@ -99,7 +102,8 @@ class FrozenTeacher:
         """[V, D], gathered until `release`."""
         if isinstance(self.model, FSDPModule):
             self.model.unshard()
-        weight = self.model.lm_head.weight
+        model = self.model
+        weight = model.embed_tokens.weight if isinstance(model, Student) else model.lm_head.weight
         if self._stream is not None:
             weight.record_stream(torch.cuda.current_stream())
         return weight
@@ -115,7 +119,7 @@ class FrozenTeacher:
         Returns:
             [B, S, D], after the last norm.
         """
-        assert isinstance(self.model, Teacher), "only the head was loaded"
+        assert not isinstance(self.model, TeacherHead), "only the head was loaded"
         num_rows = tokens.shape[0]
         tokens, document_ids = self._rows.before(tokens, rows.document_ids)
         if document_ids is not rows.document_ids:  # else the student has the same masks, where its settings are
@@ -150,7 +154,7 @@ class FrozenTeacher:
         if isinstance(self.model, TeacherHead):
             return 2 * self.args.vocab_size * self.args.hidden_size
         with torch.device("meta"):
-            whole = Teacher(self.args)
+            whole = _model(self.args)
         return self.args.get_nparams_and_flops(whole, seq_len)[1] // 3
 
 
@@ -202,7 +206,9 @@ def load_frozen_teacher(
     *,
     head_only: bool = False,
 ) -> FrozenTeacher:
-    """Builds the teacher of a Hugging Face folder in the layout of [teacher.parallelism]; every rank must call it.
+    """Builds the teacher in the layout of [teacher.parallelism]; every rank must call it.
+
+    It is a Llama 4 of a Hugging Face folder, or, for self-distillation, a student, of such a folder or a checkpoint.
 
     Args:
         config: the section [teacher].
@@ -212,9 +218,9 @@ def load_frozen_teacher(
         head_only: load nothing but the output head; `hidden` cannot be called.
 
     Raises:
-        ValueError: the folder is no Llama 4 text model, or its tensors do not fit its config.json.
+        ValueError: the folder is no such model, or its tensors do not fit its config.json.
     """
-    args = teacher_args(read_config(config.path), config.path)
+    args = architecture(config.path)
     layout = teacher_layout(
         config.parallelism,
         world_size=parallel_dims.world_size,
@@ -223,11 +229,14 @@ def load_frozen_teacher(
     )
     groups = make_groups(layout)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.dtype]):
-        model = TeacherHead(args) if head_only else Teacher(args, layout.split)
+        model = TeacherHead(args) if head_only else _model(args, layout.split)
     _place(model, groups, config)
-    slices = {} if head_only else teacher_slices(args, layout, dist.get_rank())
+    slices = teacher_slices(args, layout, dist.get_rank()) if isinstance(args, TeacherArgs) and not head_only else {}
     if isinstance(model, Teacher) and config.quantization == "float8":
         _load_quantized(model, config.path, slices, device)
+    elif not (Path(config.path) / "config.json").is_file():
+        model.to_empty(device=device)
+        dcp.load(model.state_dict(), checkpoint_id=str(find_checkpoint(config.path).step))
     else:
         model.to_empty(device=device)
         load_tensors(model, config.path, slices=slices, names={HEAD} if head_only else None, show_progress=True)
@@ -235,8 +244,12 @@ def load_frozen_teacher(
     return FrozenTeacher(model.eval(), args, groups, mask=teacher_mask, resident=config.parallelism.resident)
 
 
-def _place(model: Teacher | TeacherHead, groups: TeacherGroups, config: TeacherConfig) -> None:
-    if isinstance(model, Teacher):
+def _model(args: TeacherArgs | StudentArgs, split: Split = WHOLE) -> Teacher | Student:
+    return Student(args) if isinstance(args, StudentArgs) else Teacher(args, split)
+
+
+def _place(model: Teacher | Student | TeacherHead, groups: TeacherGroups, config: TeacherConfig) -> None:
+    if not isinstance(model, TeacherHead):
         connect(model, groups)
         if config.compile:
             compile_layers(model)

@@ -25,8 +25,7 @@ from mobilellm_pro.data.hidden_state_folder import CACHE_FILE, check_cache, fold
 from mobilellm_pro.data.hidden_state_index import CorpusIndex, order_problems
 from mobilellm_pro.data.hidden_states import HiddenStateReader, HiddenStateWriter
 from mobilellm_pro.data.mixture import Mixture
-from mobilellm_pro.model.checkpoint import latest_checkpoint
-from mobilellm_pro.model.hugging_face import read_config, teacher_args
+from mobilellm_pro.model.checkpoint import architecture, latest_checkpoint
 from mobilellm_pro.model.row_shard import RowShard, own_shard
 from mobilellm_pro.model.tensor_files import fingerprint
 from mobilellm_pro.training.disk_room import free_bytes, in_words
@@ -42,7 +41,7 @@ def cache_key(config: JobConfig) -> CacheKey:
         ValueError, FileNotFoundError: no usable folder of a teacher.
     """
     teacher = config.teacher
-    width = teacher_args(read_config(teacher.path), teacher.path).hidden_size
+    width = architecture(teacher.path).hidden_size
     return CacheKey(_fingerprint(teacher.path), teacher.quantization, teacher.dtype, width, teacher.cache_dtype)
 
 

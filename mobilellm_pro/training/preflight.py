@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torchtitan.tools.utils import device_type
 
 from mobilellm_pro.config import check_machine, check_world_size
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.data.tokenizer import Tokenizer
-from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint
-from mobilellm_pro.model.hugging_face import read_config, teacher_args
+from mobilellm_pro.model.checkpoint import architecture, checkpoint_problems, find_checkpoint, latest_checkpoint
 from mobilellm_pro.model.registry import configured_args, model_on_meta
-from mobilellm_pro.model.student import StudentArgs
+from mobilellm_pro.model.student import Student, StudentArgs
 from mobilellm_pro.model.teacher import Teacher, TeacherArgs
 from mobilellm_pro.model.teacher_layout import degree_problems
 from mobilellm_pro.model.tensor_files import tensor_problems
+from mobilellm_pro.quantization.scheme import SCHEMES
 from mobilellm_pro.training.disk_room import checkpoint_room_problems
 from mobilellm_pro.training.hidden_state_cache import cache_problems
 from mobilellm_pro.training.loader import open_mixture, step_rows
@@ -66,7 +67,23 @@ def _collect(check: Callable[[JobConfig, int], Iterator[str]], config: JobConfig
 
 def _model(config: JobConfig, world_size: int) -> Iterator[str]:
     configured_args(config)
-    yield from ()
+    if config.quantization.scheme != "none":
+        yield from _group_problems(config)
+
+
+def _group_problems(config: JobConfig) -> Iterator[str]:
+    """Groups of weights that would lie across the ranks between which a layer's columns are split."""
+    model, degree = model_on_meta(config), config.parallelism.tensor_parallel_degree
+    group = SCHEMES[config.quantization.scheme].weights.group
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        layer = model.get_submodule(f"layers.0.{name}")
+        assert isinstance(layer, nn.Linear)
+        columns = layer.in_features // degree
+        if group is not None and layer.in_features % degree == 0 and columns % group:
+            yield (
+                f"layers.0.{name}: tensor_parallel_degree = {degree} leaves {columns} columns a rank, which do not "
+                f'divide into groups of {group} of quantization.scheme = "{config.quantization.scheme}"; lower it'
+            )
 
 
 def _known_model(config: JobConfig) -> Any:
@@ -156,15 +173,37 @@ def _teacher(config: JobConfig, world_size: int) -> Iterator[str]:
     if config.distill.objective == "ce" or not config.teacher.path:
         return
     folder = config.teacher.path
-    args, student = teacher_args(read_config(folder), folder), _known_model(config)
+    args, student = architecture(folder), _known_model(config)
     if student is not None:
         yield from vocabulary_problems(args, student, folder)
+    if isinstance(args, StudentArgs):
+        yield from _student_as_teacher(config, args)
+        return
     yield from degree_problems(args, config.teacher.parallelism, config.teacher.dtype, folder)
     with torch.device("meta"):
         yield from tensor_problems(Teacher(args), folder)
 
 
-def vocabulary_problems(teacher: TeacherArgs, student: StudentArgs, source: str) -> Iterator[str]:
+def _student_as_teacher(config: JobConfig, args: StudentArgs) -> Iterator[str]:
+    """It is small: it has no parts over ranks, no few bits and no cache."""
+    teacher, own, folder = config.teacher, config.teacher.parallelism, config.teacher.path
+    for key, value, only in (
+        ("teacher.parallelism.tensor_parallel_degree", own.tensor_parallel_degree, 1),
+        ("teacher.parallelism.expert_parallel_degree", own.expert_parallel_degree, 1),
+        ("teacher.quantization", teacher.quantization, "none"),
+        ("teacher.cache", teacher.cache, "off"),
+    ):
+        if value != only:
+            yield f"{key} = {value!r}: {folder} is a student, as whose teacher only {only!r} is possible"
+    with torch.device("meta"):
+        model = Student(args)
+    if (Path(folder) / "config.json").is_file():
+        yield from tensor_problems(model, folder)
+    else:
+        yield from checkpoint_problems(model, find_checkpoint(folder).step)
+
+
+def vocabulary_problems(teacher: TeacherArgs | StudentArgs, student: StudentArgs, source: str) -> Iterator[str]:
     """Whether both models have equally many ids; `source` says where the teacher is from."""
     if teacher.vocab_size != student.vocab_size:
         yield (
@@ -193,7 +232,22 @@ def _checkpoints(config: JobConfig, world_size: int) -> Iterator[str]:
     elif config.checkpoint.initial_load_in_hf:
         yield from tensor_problems(model_on_meta(config), initial)
     else:
-        yield from checkpoint_problems(model_on_meta(config), Path(initial))
+        yield from checkpoint_problems(model_on_meta(config), Path(initial), begins=True)
+        yield from _other_scheme(config, Path(initial))
+
+
+def _other_scheme(config: JobConfig, initial: Path) -> Iterator[str]:
+    """A student that was trained under one scheme and would go on under another, or under none."""
+    try:
+        before = find_checkpoint(initial).config.quantization.scheme
+    except FileNotFoundError:
+        return  # a checkpoint without its run, or what other checks name
+    now = config.quantization.scheme
+    if before not in ("none", now):
+        yield (
+            f'checkpoint.initial_load_path = {str(initial)!r} was trained with quantization.scheme = "{before}", this '
+            f'job has "{now}"; begin with the checkpoint in full precision that it began with'
+        )
 
 
 def _room(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -126,7 +126,7 @@ def test_int8_bytes_are_the_papers(num_tokens: int, mib: float) -> None:
     stored_tokens = 9 * num_tokens + 21 * min(num_tokens, 512)
     assert cache.payload_bytes == 2 * args.num_key_value_heads * args.head_dim * stored_tokens
     assert round(cache.payload_bytes / MIB, 2) == mib
-    assert cache.scale_bytes == 2 * 2 * 4 * stored_tokens
+    assert cache.scale_bytes == 2 * 2 * 4 * args.num_key_value_heads * stored_tokens
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("model", 4), ("int8", 1)])
@@ -158,21 +158,6 @@ def test_what_cannot_be_made_is_named(capacity: int, dtype: str, message: str) -
 def test_an_empty_chunk_is_named(student: Student) -> None:
     with pytest.raises(ValueError, match="prefill_tokens = 0"):
         continue_tokens(student, tokens_of(1, 3), 2, prefill_tokens=0)
-
-
-def test_int8_follows_the_definition() -> None:
-    x = torch.randn(2, 3, 17, 8, generator=torch.Generator().manual_seed(1)) * 4
-    x[0, :, 0] = 2.5  # a token of equal numbers
-    payload, scale, low = quantize_tokens(x)
-    rebuilt = dequantize_tokens(payload, scale, low)
-    for row in range(2):
-        for token in range(17):
-            numbers = x[row, :, token].double()
-            s, z = (numbers.max() - numbers.min()) / 255, numbers.min()
-            wanted = s * ((numbers - z) / (s if s > 0 else 1)).round().clamp(0, 255) + z
-            torch.testing.assert_close(rebuilt[row, :, token].double(), wanted, atol=1e-4, rtol=0)
-    assert ((rebuilt - x).abs() <= scale / 2 + 1e-5).all() and torch.equal(rebuilt[0, :, 0], x[0, :, 0])
-    assert payload.dtype == torch.uint8 and payload.min() == 0 and payload.max() == 255
 
 
 def test_int8_is_close_to_exact(student: Student) -> None:

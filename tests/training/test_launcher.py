@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +54,23 @@ def test_a_rank_is_killed_with_torchrun_and_only_with_it(tmp_path: Path, under_t
     if not under_torchrun:
         os.kill(pid, signal.SIGKILL)
     ranks.stop()
+
+
+def test_torchrun_ends_as_its_ranks_do_however_often_it_is_told_to(tmp_path: Path) -> None:
+    rank = f"trap 'sleep 1; touch {tmp_path}/$LOCAL_RANK; exit 0' TERM; echo up; sleep 60 & wait"
+    command = [sys.executable, "launch/torchrun.py", "--nproc-per-node=2", "--rdzv-backend=c10d", "--tee=3"]
+    command += ["--rdzv-endpoint=localhost:0", "--no-python", "bash", "-c", rank]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        up = 0
+        while up < 2:
+            up += "up" in process.stdout.readline()
+        process.stdout.close()  # as that of a runner that was killed
+        for _ in range(5):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        assert process.wait(30) == 1, "torchrun's own status, not that of a signal"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"], "the ranks had the time that they needed"
 
 
 def test_torchrun_that_was_gone_before_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
