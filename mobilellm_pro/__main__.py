@@ -39,6 +39,7 @@ VERBS: dict[str, str] = {
     "plan": "mobilellm_pro.pipeline.plan:plan",
     "train": "mobilellm_pro.pipeline.train_job:train",
     "convert": "mobilellm_pro.convert.conversion:convert",
+    "export": "mobilellm_pro.convert.export:export",
     "generate": "mobilellm_pro.evaluation.generate:generate",
     "needle": "mobilellm_pro.evaluation.needle:needle",
     "held-out": "mobilellm_pro.evaluation.held_out:held_out",

@@ -31,6 +31,14 @@ class Layer:
     values: dict[str, Any]
 
 
+def read_toml(path: Path, expected: str) -> dict[str, Any]:
+    """The raw values of a file; raises ConfigError where it cannot be read, `expected` says what it should be."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(path), [Problem(str(path), "", f"no readable TOML ({error})", expected)]) from None
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """The configuration in a TOML file, with overrides from the command line.
 

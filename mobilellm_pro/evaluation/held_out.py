@@ -39,6 +39,7 @@ def held_out(
     output: str | None = None,
     device: str | None = None,
     split: Literal["valid", "dev"] = "valid",
+    quantize: Literal["cpu", "accelerator"] | None = None,
 ) -> dict[str, Any] | None:
     """Print a student's bits per byte on the held-out documents of a job's corpora, each document read alone.
 
@@ -52,6 +53,7 @@ def held_out(
         output: JSON file to write the result to.
         device: default cuda where there is one, else cpu.
         split: which held-out documents: those that reports are made of, or those that choices rest on (dev).
+        quantize: round a student in full precision to the few bits of this scheme first, without training.
 
     Returns:
         bits_per_byte, ce (nats a token), tokens, documents, by_corpus (bits per byte), checkpoint and settings; None on
@@ -64,14 +66,15 @@ def held_out(
     if os.environ.get("RANK", "0") != "0":
         return None
     settings = held_out_settings(config, split)
-    loaded = load_student(checkpoint, device=device)
+    loaded = load_student(checkpoint, device=device, quantize=quantize)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size != loaded.model.model_args.vocab_size:
         raise ValueError(
             f"{config.data.tokenizer}: {tokenizer.vocab_size} ids, {checkpoint} has "
             f"{loaded.model.model_args.vocab_size}; give a job of the same tokenizer"
         )
-    result = {"checkpoint": checkpoint, "settings": settings, **_scores(loaded.model, tokenizer, settings)}
+    rounded = {} if quantize is None else {"quantize": quantize}
+    result = {"checkpoint": checkpoint, "settings": settings, **rounded, **_scores(loaded.model, tokenizer, settings)}
     if output is not None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,9 @@ from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.config_error import nearest_name
 from mobilellm_pro.config.needle_cells import NeedleCells
 from mobilellm_pro.config.table_arrays import check_tables
+from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
-from mobilellm_pro.pipeline.varied_job import flatten, load_varied, override_problems, read_toml, words_of
+from mobilellm_pro.pipeline.varied_job import flatten, load_varied, override_problems, words_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

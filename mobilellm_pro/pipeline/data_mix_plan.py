@@ -22,6 +22,7 @@ from typing import Any
 
 from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.table_arrays import missing_or_repeated
+from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
 from mobilellm_pro.data_mix.ngram_table import MAX_SLOTS
 from mobilellm_pro.data_mix.regression import REGRESSORS
@@ -35,7 +36,7 @@ from mobilellm_pro.pipeline.data_mix_tables import (
     SimulationTable,
     WeightsTable,
 )
-from mobilellm_pro.pipeline.varied_job import load_varied, override_problems, read_toml, words_of
+from mobilellm_pro.pipeline.varied_job import load_varied, override_problems, words_of
 
 STACK_RUNS = 6
 """The fewest of which the largest of four folds leaves `MIN_RUNS`: `stack` weighs its members out of fold."""

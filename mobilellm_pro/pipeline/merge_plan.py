@@ -27,6 +27,7 @@ from mobilellm_pro.config import ConfigError, JobConfig, Problem
 from mobilellm_pro.config.config_error import nearest_name
 from mobilellm_pro.config.overrides import SOURCE as COMMAND_LINE
 from mobilellm_pro.config.table_arrays import missing_or_repeated
+from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
 from mobilellm_pro.merging.weight_search import SearchSettings, fewest_scores
 from mobilellm_pro.merging.weighted_average import LayerGroups
@@ -37,7 +38,7 @@ from mobilellm_pro.pipeline.merge_tables import (
     SearchTable,
     WarningTable,
 )
-from mobilellm_pro.pipeline.varied_job import load_varied, read_toml
+from mobilellm_pro.pipeline.varied_job import load_varied
 
 TOLERANCE = 1e-6
 """That a sum of given weights may differ from 1."""

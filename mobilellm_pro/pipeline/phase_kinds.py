@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobilellm_pro.config import JobConfig, load, resolved_toml, smallest_world_size
+from mobilellm_pro.config.toml import read_toml
+from mobilellm_pro.convert.export import RECORD, load_export_table
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline.data_mix_folder import WEIGHTS, WEIGHTS_RECORD
 from mobilellm_pro.pipeline.phases import PREFIX, Phase
 from mobilellm_pro.pipeline.run_command import num_processes, train_command
 from mobilellm_pro.pipeline.train_job import online_evaluations
-from mobilellm_pro.pipeline.varied_job import flatten, read_toml, words_of
+from mobilellm_pro.pipeline.varied_job import flatten, words_of
 from mobilellm_pro.training.preflight import problems
 from mobilellm_pro.training.run import is_finished
 
@@ -220,18 +222,27 @@ def _convert_command(phase: Phase, products: Products) -> list[str]:
 
 
 def _about_command(verb: str) -> Callable[[Phase, Products], list[str]]:
-    """Of a verb that takes a file and a checkpoint."""
+    """Of a verb that takes a file, a checkpoint and a folder to write to."""
 
     def command(phase: Phase, products: Products) -> list[str]:
         assert phase.initial is not None
         checkpoint = str(products[phase.initial])
-        return ["mobilellm-pro", verb, _file(phase), "--checkpoint", checkpoint, "--output", str(phase.folder)]
+        return ["mobilellm-pro", verb, _file(phase), checkpoint, str(phase.folder)]
 
     return command
 
 
 def _no_problems(phase: Phase, products: Products) -> Iterator[str]:
     yield from ()
+
+
+def _export_problems(phase: Phase, products: Products) -> Iterator[str]:
+    load_export_table(_file(phase))
+    yield from ()
+
+
+def _export_metrics(phase: Phase) -> dict[str, Any]:
+    return json.loads((phase.folder / RECORD).read_text())
 
 
 def _no_metrics(phase: Phase) -> dict[str, Any]:
@@ -277,6 +288,6 @@ KINDS: dict[str, Kind] = {
     ),
     "convert": Kind(_convert_command, _file_settings, _no_problems, _folder_with("config.json"), _no_metrics),
     "evaluate": Kind(_about_command("evaluate"), _file_settings, _no_problems, _folder_with(DONE), _no_metrics),
-    "export": Kind(_about_command("export"), _file_settings, _no_problems, _folder_with(DONE), _no_metrics),
+    "export": Kind(_about_command("export"), _file_settings, _export_problems, _folder_with(DONE), _export_metrics),
 }
 """By name, as `phases.KindName` has them."""

@@ -23,8 +23,9 @@ from typing import Any, Literal, get_args
 from mobilellm_pro.config import ConfigError, Problem
 from mobilellm_pro.config.config_error import nearest_name
 from mobilellm_pro.config.table_arrays import check_tables
+from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table, describe_value
-from mobilellm_pro.pipeline.varied_job import flatten, override_problems, read_toml
+from mobilellm_pro.pipeline.varied_job import flatten, override_problems
 
 KindName = Literal["prepare", "data_mix", "train", "merge", "convert", "evaluate", "export"]
 PREFIX = "phase:"

@@ -8,7 +8,6 @@ A run that is started by such words can be started by hand in the same way, whic
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,6 @@ from typing import Any
 from mobilellm_pro.config import ConfigError, JobConfig, Problem, load
 from mobilellm_pro.config.overrides import SOURCE as COMMAND_LINE
 from mobilellm_pro.config.typed_values import check_table
-
-
-def read_toml(path: Path, expected: str) -> dict[str, Any]:
-    """The raw values of a file; raises ConfigError where it cannot be read, `expected` says what it should be."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(str(path), [Problem(str(path), "", f"no readable TOML ({error})", expected)]) from None
 
 
 def override_problems(overrides: dict[str, Any], place: str, kept: Mapping[str, str]) -> Iterator[Problem]:

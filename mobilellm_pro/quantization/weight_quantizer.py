@@ -8,14 +8,18 @@ quotient of 8 and 8 bits keeps its side in fp32, that of 24 and 8 bits in fp64.
 Shapes: R rows (output channels), C columns, G groups of a row.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mobilellm_pro.quantization.scheme import WeightScheme
 
 SCALE_DTYPE = torch.bfloat16
+_BLOCK_WEIGHTS = {"cpu": 2**18, "cuda": 2**25}
+"""Quantized at a time: quotients in fp64 of a whole embedding would be gigabytes; these stay in a CPU's cache."""
 
 
 def choose_scales(weight: Tensor, scheme: WeightScheme, name: str = "a weight") -> Tensor:
@@ -63,10 +67,10 @@ def fake_quantize(weight: Tensor, scheme: WeightScheme, name: str = "a weight") 
     Raises:
         ValueError: as `choose_scales`.
     """
+    scheme.group_of(weight.shape[-1], name)
     with torch.no_grad():
-        scales = choose_scales(weight, scheme, name)
-        there_and_back = dequantize(quantize(weight, scales, scheme), scales, weight.dtype)
-    return StraightThrough.apply(weight, there_and_back)
+        result = _joined([_there_and_back(w, choose_scales(w, scheme), scheme) for (w,) in _blocks(weight)])
+    return StraightThrough.apply(weight, result)
 
 
 def fake_quantize_learned(weight: Tensor, scales: Tensor, scheme: WeightScheme) -> Tensor:
@@ -81,6 +85,26 @@ def fake_quantize_learned(weight: Tensor, scales: Tensor, scheme: WeightScheme) 
 def stored_scales(scales: Tensor) -> Tensor:
     """Learned scales as they are used and shipped: bfloat16, and at least the smallest positive normal number."""
     return scales.clamp(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of all of them at a time."""
+    first = tensors[0]
+    rows = max(1, _BLOCK_WEIGHTS.get(first.device.type, 2**25) // max(1, first.shape[-1]))
+    if isinstance(first, DTensor) or first.shape[0] <= rows:
+        return iter([tensors])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+
+
+def _there_and_back(weight: Tensor, scales: Tensor, scheme: WeightScheme) -> Tensor:
+    """[R, C] and [R, G] -> [R, C]: what `quantize` and `dequantize` give, in one go."""
+    groups = _in_groups(weight, weight.shape[-1] // scales.shape[-1])
+    integers = _integers(groups, scales, scheme)
+    return integers.to(torch.float32).mul_(scales.float().unsqueeze(-1)).flatten(-2).to(weight.dtype)
 
 
 def _in_groups(x: Tensor, group: int) -> Tensor:
@@ -118,17 +142,23 @@ class _LearnedRange(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scales: Tensor, scheme: WeightScheme) -> Tensor:
         ctx.scheme = scheme
         ctx.save_for_backward(weight, scales)
-        used = stored_scales(scales)
-        return dequantize(quantize(weight, used, scheme), used, weight.dtype)
+        return _joined([_there_and_back(w, s, scheme) for w, s in _blocks(weight, stored_scales(scales))])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         weight, scales = ctx.saved_tensors
-        scheme, group = ctx.scheme, weight.shape[-1] // scales.shape[-1]
-        gradient = _in_groups(gradients[0], group)
-        ratio = _ratio(_in_groups(weight, group), stored_scales(scales))
-        rounded = ratio.round()
-        inside = (rounded >= scheme.lowest) & (rounded <= scheme.highest)
-        slope = torch.where(inside, rounded - ratio, rounded.clamp(scheme.lowest, scheme.highest)).to(gradient.dtype)
-        of_scales = (gradient * slope).sum(-1).to(scales.dtype)
-        return (gradient * inside).flatten(-2), of_scales, None
+        blocks = _blocks(weight, stored_scales(scales), gradients[0])
+        of_weight, of_scales = zip(*(_slopes(w, s, g, ctx.scheme) for w, s, g in blocks), strict=True)
+        return _joined(of_weight), _joined(of_scales).to(scales.dtype), None
+
+
+def _slopes(weight: Tensor, scales: Tensor, gradient: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Gradients of weights [R, C] and scales [R, G]; in fp32, since nothing of a gradient is stored."""
+    group = weight.shape[-1] // scales.shape[-1]
+    gradient = _in_groups(gradient, group)
+    ratio = _in_groups(weight, group).float() / scales.float().unsqueeze(-1)
+    rounded = ratio.round()
+    bounded = rounded.clamp(scheme.lowest, scheme.highest)
+    inside = rounded == bounded
+    slope = torch.where(inside, bounded - ratio, bounded)
+    return (gradient * inside).flatten(-2), (gradient.float() * slope).sum(-1)
