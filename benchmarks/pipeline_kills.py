@@ -28,8 +28,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mobilellm_pro.model.checkpoint import latest_checkpoint
-from mobilellm_pro.pipeline.ledger import Ledger
-from mobilellm_pro.pipeline.phases import Pipeline, load_pipeline
+from mobilellm_pro.pipeline.ledger import Ledger, Record
+from mobilellm_pro.pipeline.phase_kinds import training_job
+from mobilellm_pro.pipeline.phases import Phase, Pipeline, load_pipeline
+from mobilellm_pro.training.run_folder import read_metrics
 
 PIPELINE = "train_configs/debug/pipeline.toml"
 GRACE_SECONDS = 60
@@ -43,7 +45,7 @@ class Kill:
     phase: str
     process: str
     seconds: float
-    """After the start, or after the kill before."""
+    """Of work, as long as the run left alone took for it."""
 
 
 def main() -> None:
@@ -52,15 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and of whom they hit")
-    parser.add_argument("--span", type=float, help="seconds of work between two, on average; default: spread evenly")
     parser.add_argument("--undisturbed", type=Path, default=ROOT / "outputs/debug")
     parser.add_argument("--disturbed", type=Path, default=ROOT / "outputs/killed")
     parser.add_argument("--write", type=Path, help="Markdown file")
     arguments = parser.parse_args()
     alone, killed = (load_pipeline(PIPELINE, folder) for folder in (arguments.undisturbed, arguments.disturbed))
-    seconds = _pipeline_seconds(alone)
-    choice = random.Random(arguments.seed)
-    kills = list(_disturbed(killed, choice, arguments.kills, arguments.span or seconds / arguments.kills))
+    seconds = sum(_record(alone, phase.name).wall_seconds for phase in alone.phases)
+    kills = list(_disturbed(alone, killed, random.Random(arguments.seed), arguments.kills))
     lines = _report(alone, killed, kills, seconds)
     print("\n".join(lines))
     if arguments.write:
@@ -71,33 +71,57 @@ def _command(pipeline: Pipeline) -> list[str]:
     return [sys.executable, "-m", "mobilellm_pro", "run", PIPELINE, "--output", str(pipeline.output)]
 
 
-def _pipeline_seconds(pipeline: Pipeline) -> float:
-    records = [Ledger(pipeline.output).read(phase.name) for phase in pipeline.phases]
-    unfinished = [p.name for p, record in zip(pipeline.phases, records) if record is None or record.state != "done"]
-    if unfinished:
-        sys.exit(f"error: {pipeline.output}: {', '.join(unfinished)} not done; run bash launch/quickstart.sh before")
-    return sum(record.wall_seconds for record in records if record is not None)
-
-
-def _disturbed(pipeline: Pipeline, choice: random.Random, count: int, span: float) -> Iterator[Kill]:
-    """Runs the pipeline to its end, with a kill after every `span` seconds of work on average."""
-    runner, hits = _start(pipeline), Counter[str]()
-    for _ in range(count):
-        if runner.poll() is not None:
-            runner = _start(pipeline)
-        begin = time.monotonic()
-        try:
-            if runner.wait(choice.uniform(0, 2 * span)) == 0:
+def _disturbed(alone: Pipeline, killed: Pipeline, choice: random.Random, count: int) -> Iterator[Kill]:
+    """Runs the pipeline to its end, with kills when so much of the work is done; what is lost by one is done again."""
+    seconds = {phase.name: _record(alone, phase.name).wall_seconds for phase in alone.phases}
+    moments = sorted(choice.uniform(0, sum(seconds.values())) for _ in range(count))
+    hits: Counter[str] = Counter()
+    runner = _start(killed)
+    for moment in moments:
+        while _work(killed, seconds) < moment:
+            time.sleep(0.5)
+            if runner.poll() == 0:
                 return  # done before the last kill
-        except subprocess.TimeoutExpired:
-            yield _kill_one(pipeline, runner.pid, choice, hits, begin)
+            if runner.poll() is not None:
+                runner = _start(killed)
+        yield _kill_one(killed, runner.pid, choice, hits, moment)
         try:
             runner.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             continue  # nobody missed that process
-    if runner.poll() is None and runner.wait() == 0:
-        return
-    subprocess.run(_command(pipeline), cwd=ROOT, check=True)
+    while runner.wait() != 0:
+        runner = _start(killed)
+
+
+def _record(pipeline: Pipeline, name: str) -> Record:
+    record = Ledger(pipeline.output).read(name)
+    if record is None or record.state != "done":
+        sys.exit(f"error: {pipeline.output}: {name} is not done; run bash launch/quickstart.sh before")
+    return record
+
+
+def _work(pipeline: Pipeline, seconds: dict[str, float]) -> float:
+    """Seconds of the run left alone to where this one is: of phases that are done, and of the steps of a training."""
+    done = 0.0
+    for phase in pipeline.phases:
+        record = Ledger(pipeline.output).read(phase.name)
+        if record is None:
+            return done
+        if record.state == "done":
+            done += seconds[phase.name]
+        else:
+            return done + seconds[phase.name] * _share(phase)
+    return done
+
+
+def _share(phase: Phase) -> float:
+    """Of a phase that is running: steps of a training; of another, which says nothing, a moment by chance."""
+    if phase.kind != "train":
+        return random.random()
+    if not (phase.folder / "metrics.jsonl").is_file():
+        return 0.0
+    steps = [record["step"] for record in read_metrics(phase.folder, "train")]
+    return steps[-1] / training_job(phase, {}).training.steps if steps else 0.0
 
 
 def _start(pipeline: Pipeline) -> "subprocess.Popen[bytes]":
@@ -108,7 +132,7 @@ def _start(pipeline: Pipeline) -> "subprocess.Popen[bytes]":
     return runner
 
 
-def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, hits: Counter[str], begin: float) -> Kill:
+def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, hits: Counter[str], moment: float) -> Kill:
     phase = _running_phase(pipeline) or "between phases"
     by_name: dict[str, list[int]] = {}
     for process in descendants(runner):
@@ -121,7 +145,7 @@ def _kill_one(pipeline: Pipeline, runner: int, choice: random.Random, hits: Coun
         os.kill(choice.choice(by_name[name]), signal.SIGKILL)
     except ProcessLookupError:
         name += " (had ended)"
-    kill = Kill(phase, name, time.monotonic() - begin)
+    kill = Kill(phase, name, moment)
     print(f"-- killed {name} in {phase} after {kill.seconds:.0f} s", flush=True)
     return kill
 

@@ -11,7 +11,7 @@ from mobilellm_pro.model import tiled_attention
 from mobilellm_pro.model.attention import attend_to_cache
 from mobilellm_pro.model.attention_mask import PackedRows
 from mobilellm_pro.model.generation import continue_tokens
-from mobilellm_pro.model.kv_cache import KVCache, dequantize_tokens, quantize_tokens
+from mobilellm_pro.model.kv_cache import KVCache
 from mobilellm_pro.model.row_shard import Span
 from mobilellm_pro.model.student import FLAVORS, Student
 

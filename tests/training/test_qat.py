@@ -86,6 +86,15 @@ def test_resumed_is_undisturbed(world: SmallWorld, full_precision: Path, one_ran
         assert torch.equal(StoredParameters(ours).read(parameter), StoredParameters(theirs).read(parameter)), parameter
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiled_layers_are_the_same(
+    world: SmallWorld, full_precision: Path, one_rank: dict[str, Path], scheme: str
+) -> None:
+    own = ("--compile.enable", '--compile.components=["model"]', "--compile.backend=aot_eager")
+    ours = world.run(f"qat_{scheme}_compiled", 1, *words(scheme, full_precision, *own))
+    assert losses(ours) == pytest.approx(losses(one_rank[scheme]), rel=5e-3)
+
+
 def test_a_loaded_checkpoint_computes_as_it_was_trained(one_rank: dict[str, Path]) -> None:
     """Its chunks through a cache of its own kind give what the whole row gives."""
     model = load_model(one_rank["cpu"]).model
