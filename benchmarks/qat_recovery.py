@@ -113,15 +113,18 @@ def _report(scores: dict, seeds: list[int], job: JobConfig, num_tokens: int) -> 
     yield from describe(["torch", "torchtitan", "torchao"])
     yield ""
     yield f"{job.training.steps} steps of {job.training.global_batch_size} rows of {job.training.seq_len} tokens, "
-    yield f"{num_tokens:,} held-out tokens. Regained: of what rounding to nearest lost, in KL from full precision."
+    yield f"{num_tokens:,} held-out tokens. Regained: of what rounding to nearest lost."
     yield ""
-    yield "| model | bits per byte, by seed | mean | KL, by seed | mean | KL regained |"
-    yield "|---|---|---:|---|---:|---:|"
+    yield "| model | bits per byte, by seed | mean | KL, by seed | mean | regained: bits | KL |"
+    yield "|---|---|---:|---|---:|---:|---:|"
     for name in dict.fromkeys(name for name, _ in scores):
         found = [score for (own, _), score in scores.items() if own == name]
         bits, kls = ([getattr(score, key) for score in found] for key in ("bits_per_byte", "kl"))
-        lost = scores.get((f"{name.split(',')[0]}, rounded to nearest", None), full).kl
-        regained = f"{1 - statistics.mean(kls) / lost:.0%}" if "QAT" in name else ""
+        rounded = scores.get((f"{name.split(',')[0]}, rounded to nearest", None), full)
+        regained = " |"
+        if "QAT" in name:
+            of_bits = (rounded.bits_per_byte - statistics.mean(bits)) / (rounded.bits_per_byte - full.bits_per_byte)
+            regained = f"{of_bits:.0%} | {1 - statistics.mean(kls) / rounded.kl:.0%}"
         yield (
             f"| {name} | {' / '.join(f'{x:.4f}' for x in bits)} | {statistics.mean(bits):.4f} | "
             f"{' / '.join(f'{x:.5f}' for x in kls)} | {statistics.mean(kls):.5f} | {regained} |"

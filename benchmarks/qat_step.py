@@ -99,8 +99,9 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> I
     yield ""
     yield from describe(["torch", "triton"], torch.get_num_threads())
     yield ""
+    kind = "compiled" if arguments.compile else "eager"
     yield f"{arguments.layers} layers of the 1B, {arguments.vocabulary:,} ids, {arguments.tokens:,} tokens, {DTYPE}, "
-    yield f"{'compiled' if arguments.compile else 'eager'}; {arguments.repeats} steps of each in turn; the bar is {BAR}."
+    yield f"{kind}; {arguments.repeats} steps of each in turn; the bar is {BAR}."
     yield ""
     yield "| scheme | median s | fastest s | ratio of medians | ratio of the fastest |"
     yield "|---|---:|---:|---:|---:|"

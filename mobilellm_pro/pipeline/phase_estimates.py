@@ -73,13 +73,13 @@ def _tokens(config: JobConfig, ranks: int) -> int:
     return config.training.steps * step_rows(config, batch_ranks) * config.training.seq_len
 
 
-def _likeness(config: JobConfig) -> tuple[str, str, str]:
-    return config.model.name, config.model.flavor, config.distill.objective
+def _likeness(config: JobConfig) -> tuple[str, ...]:
+    return config.model.name, config.model.flavor, config.distill.objective, config.quantization.scheme
 
 
 def _planned_seconds(config: JobConfig, ranks: int, hardware: str) -> float | None:
     student = configured_args(config)
-    if not isinstance(student, StudentArgs):
+    if not isinstance(student, StudentArgs) or config.quantization.scheme != "none":
         return None
     folder = config.teacher.path
     teacher = None

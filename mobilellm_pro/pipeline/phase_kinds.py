@@ -236,6 +236,10 @@ def _no_problems(phase: Phase, products: Products) -> Iterator[str]:
     yield from ()
 
 
+def _evaluate_problems(phase: Phase, products: Products) -> Iterator[str]:
+    yield 'kind = "evaluate": this version has no verb of that name; leave the phase out'
+
+
 def _export_problems(phase: Phase, products: Products) -> Iterator[str]:
     load_export_table(_file(phase))
     yield from ()
@@ -287,7 +291,7 @@ KINDS: dict[str, Kind] = {
         _merge_metrics,
     ),
     "convert": Kind(_convert_command, _file_settings, _no_problems, _folder_with("config.json"), _no_metrics),
-    "evaluate": Kind(_about_command("evaluate"), _file_settings, _no_problems, _folder_with(DONE), _no_metrics),
+    "evaluate": Kind(_about_command("evaluate"), _file_settings, _evaluate_problems, _folder_with(DONE), _no_metrics),
     "export": Kind(_about_command("export"), _file_settings, _export_problems, _folder_with(DONE), _export_metrics),
 }
 """By name, as `phases.KindName` has them."""

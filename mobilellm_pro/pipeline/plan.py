@@ -76,7 +76,7 @@ def plan(
 
     Raises:
         JobError: degrees or batch that do not fit a number of ranks, or the models.
-        ValueError: the job trains no student, or an option is out of range.
+        ValueError: the job trains no student, or a quantized one, or an option is out of range.
         FileNotFoundError: the teacher has no config.json.
     """
     links = Links(nvlink_gb * 1e9, network_gb * 1e9, ranks_per_node)
@@ -87,6 +87,11 @@ def plan(
     student_args = configured_args(config)
     if not isinstance(student_args, StudentArgs):
         raise ValueError(f"model.name = {config.model.name!r}: a plan is for the student, mobilellm_pro")
+    if config.quantization.scheme != "none":
+        raise ValueError(
+            f'quantization.scheme = "{config.quantization.scheme}": a plan knows neither fake quantization nor a '
+            "student as teacher; benchmarks/qat_step.py measures what a step costs"
+        )
     args = None if config.distill.objective == "ce" else _teacher_architecture(config, teacher)
     problems = [str(problem) for size in sizes for problem in check_world_size(config, size)]
     source = "Llama 4 Scout" if teacher == "scout" else config.teacher.path

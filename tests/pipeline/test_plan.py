@@ -239,6 +239,10 @@ def test_without_a_teacher():
             ["--world-size", "64", "--model.name", "llama4_text", "--model.flavor", "scout", "--compile.no_enable"],
             "a plan is for the student",
         ),
+        (
+            ["--teacher", "scout", "--quantization.scheme", "cpu", '--model.converters=["qat"]'],
+            "a plan knows neither fake quantization nor a student as teacher",
+        ),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
