@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline at toy size, on a machine with nothing but Python: real text, a Llama 4 teacher, sampling weights by
-# simulation, a student distilled in two phases, four specialists, their merge. Two CPU cores, no network but the package
-# index.
+# simulation, a student distilled in two phases, four specialists, their merge, training with four bits, files for
+# phones. Two CPU cores, no network but the package index.
 #
 #     bash launch/quickstart.sh
 #
@@ -27,11 +27,14 @@ mobilellm-pro generate "$out/3_merge/hugging_face" --prompt "The history of the 
 
 step "result: bits per byte on held-out text, before the specialists, of each, and of their averages"
 cat "$out/3_merge/merge.md"
+step "result: files for phones, each compared with the checkpoint that it was made of"
+cat "$out"/7_export_*/sizes.md
 mobilellm-pro report "$pipeline" --output "$out"
 cat <<END
 phases               mobilellm-pro status $pipeline --output $out
 report               $out/report.html
 Hugging Face         $out/3_merge/hugging_face   (AutoModelForCausalLM.from_pretrained)
+for phones           $out/7_export_cpu/executorch, .../packed, .../torchao
 TensorBoard          tensorboard --logdir $out
 sample               $out/sample.txt
 total                $((SECONDS / 60)) min $((SECONDS % 60)) s
