@@ -165,9 +165,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _as_stored(weight: Tensor, scales: Tensor | None, quantization: StudentQuantization) -> Tensor:
-    """[R, C] -> [R, C] in the type that is trained in."""
-    weight, scheme = weight.to(quantization.param_dtype), quantization.scheme.weights
-    return fake_quantize(weight, scheme) if scales is None else fake_quantize_learned(weight, scales, scheme)
+    """[R, C] -> [R, C] in its own type, with the values of the type that is trained in."""
+    rounded, scheme = weight.to(quantization.param_dtype), quantization.scheme.weights
+    stored = fake_quantize(rounded, scheme) if scales is None else fake_quantize_learned(rounded, scales, scheme)
+    return stored.to(weight.dtype)
 
 
 def _as_read(x: Tensor, scheme: Scheme) -> Tensor:

@@ -114,7 +114,9 @@ def test_mixed_precision_rounds_weights_first() -> None:
     half.to(torch.bfloat16).float()
     for model in (student, half):
         quantize_modules(model, StudentQuantization("cpu", param_dtype=torch.bfloat16))
-    assert torch.equal(student.embed_tokens(TOKENS), half.embed_tokens(TOKENS))
+    assert torch.equal(student(TOKENS), half(TOKENS)), "in fp32, with the weights of bfloat16"
+    table = student.embed_tokens(TOKENS)
+    assert table.dtype == torch.float32 and torch.equal(table.to(torch.bfloat16).float(), table)
 
 
 def test_what_cannot_be_quantized_is_named() -> None:
