@@ -84,6 +84,8 @@ def _disturbed(alone: Pipeline, killed: Pipeline, choice: random.Random, count: 
                 return  # done before the last kill
             if runner.poll() is not None:
                 runner = _start(killed)
+        if runner.poll() is not None:  # two moments near each other
+            runner = _start(killed)
         yield _kill_one(killed, runner.pid, choice, hits, moment)
         try:
             runner.wait(GRACE_SECONDS)
