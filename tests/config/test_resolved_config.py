@@ -19,7 +19,7 @@ def test_round_trip(tmp_path: Path):
         attention__rope_base=5e5,
         optimizer__lr=1e-5,
         optimizer__eps=1e-08,
-        model__converters=["a", 'b"c'],
+        checkpoint__exclude_from_loading=["a", 'b"c'],
         training__dataloader__num_workers=2,
         training__max_norm=2,
         job__description='quotes " and \\ and\nlines and \x7f and ü',

@@ -140,15 +140,16 @@ def test_unreadable_files(tmp_path: Path, content: bytes | None, found: str):
 
 
 def test_tables_merge_and_arrays_replace(tmp_path: Path):
-    written(tmp_path, VALID + "[training]\nsteps = 700\nseq_len = 64\n[model]\nconverters = ['a', 'b']", "common.toml")
+    lists = "[checkpoint]\nexclude_from_loading = ['a', 'b']"
+    written(tmp_path, VALID + "[training]\nsteps = 700\nseq_len = 64\n" + lists, "common.toml")
     path = written(
         tmp_path,
         """
         base = "common.toml"
         [training]
         steps = 800
-        [model]
-        converters = ["c"]
+        [checkpoint]
+        exclude_from_loading = ["c"]
         [[data.datasets]]
         name = "web"
         path = "shards/web"
@@ -157,7 +158,7 @@ def test_tables_merge_and_arrays_replace(tmp_path: Path):
     )
     config = load(path, ["--training.steps", "900"])
     assert (config.training.steps, config.training.seq_len) == (900, 64)
-    assert config.model.converters == ["c"]
+    assert config.checkpoint.exclude_from_loading == ["c"]
     assert [(dataset.name, dataset.weight) for dataset in config.data.datasets] == [("web", 1.0)]
 
 
@@ -203,7 +204,7 @@ def test_a_missing_base_is_named(tmp_path: Path):
         (["--attention.global_layers", "0,3"], "attention.global_layers", [0, 3]),
         (["--attention.global_layers=[0, 3]"], "attention.global_layers", [0, 3]),
         (["--attention.window", "16", "--attention.window", "none"], "attention.window", None),
-        (["--model.converters", "a,b"], "model.converters", ["a", "b"]),
+        (["--checkpoint.exclude_from_loading", "a,b"], "checkpoint.exclude_from_loading", ["a", "b"]),
         (["--model.converters", ""], "model.converters", []),
         (["--job.description", "5"], "job.description", "5"),
         (["--job.description", "a=b"], "job.description", "a=b"),
