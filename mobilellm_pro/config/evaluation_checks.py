@@ -14,6 +14,18 @@ def check_validation(config: JobConfig) -> Iterator[Issue]:
         yield Issue(keys, f"{steps}", "a positive number: ranks that ran out of text at different steps would hang")
 
 
+def check_suite(config: JobConfig) -> Iterator[Issue]:
+    """When the suite is run, and the model that takes it; the suite itself is checked where it is read."""
+    evaluation = config.evaluation
+    if not evaluation.suite:
+        return
+    if evaluation.freq < 1:
+        yield Issue(("evaluation.freq",), str(evaluation.freq), "a positive number")
+    if config.model.name == "llama4_text":
+        keys = ("evaluation.suite", "model.name")
+        yield Issue(keys, f'"{evaluation.suite}" for a teacher, which has no KV cache', "nothing: students are tested")
+
+
 def check_needle(config: JobConfig) -> Iterator[Issue]:
     """The grid of the needle test, and the model that takes it."""
     needle, seq_len = config.needle, config.training.seq_len

@@ -218,6 +218,17 @@ class Needle(NeedleCells):
 
 
 @dataclass
+class Evaluation:
+    """A suite of lm-eval-harness tasks during training (`mobilellm-pro evaluate` runs one on a finished checkpoint)."""
+
+    suite: str = ""
+    """TOML file as train_configs/suites/base.toml; a `limit` in it keeps the tests short. Empty: none."""
+
+    freq: int = 1000
+    """Steps between two tests, and one after the last step. All ranks stop for one, as for the needle test."""
+
+
+@dataclass
 class Guard:
     """What happens when a step is not finite: a loss or the norm of the gradients is NaN or infinite on any rank."""
 
@@ -241,5 +252,6 @@ class JobConfig(TitanJobConfig):
     teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
     needle: Needle = field(default_factory=Needle)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     guard: Guard = field(default_factory=Guard)
     quantization: Quantization = field(default_factory=Quantization)

@@ -92,9 +92,21 @@ def write_description(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     else:
         config = teacher_config(args, dtype=dtype, **ids)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {f"{k.removesuffix('_id')}_token_id": v for k, v in ids.items()})
-    write_hugging_face_tokenizer(tokenizer, folder, max_tokens=loaded.max_tokens)
-    source = find_llama4_file() if loaded.tokenizer == "llama4" else Path(loaded.tokenizer)
+    write_tokenizer(tokenizer, folder, max_tokens=loaded.max_tokens)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_tokens: int) -> None:
+    """Writes a tokenizer for `transformers` with what ends a continuation, and the file that `Tokenizer.load` reads.
+
+    Args:
+        tokenizer: to write.
+        folder: that of a model.
+        max_tokens: longest row of the model.
+    """
+    write_hugging_face_tokenizer(tokenizer, folder, max_tokens=max_tokens)
+    ids = {"bos": tokenizer.bos_id, "eos": list(tokenizer.stop_ids), "pad": tokenizer.pad_id}
+    _write_json(folder / "generation_config.json", {f"{name}_token_id": value for name, value in ids.items()})
+    source = find_llama4_file() if tokenizer.source == "llama4" else Path(tokenizer.source)
     shutil.copyfile(source, folder / "tokenizer.model")
 
 

@@ -7,7 +7,7 @@ The same two files run under the runtimes for phones; `model.ptd` must lie besid
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -107,13 +107,20 @@ class DeviceProgram:
             self.num_tokens += chunk.shape[1]
         return logits[0]
 
-    def continue_tokens(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
+    def continue_tokens(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        ends: Callable[[list[int]], bool] | None = None,
+    ) -> list[int]:
         """The most likely continuation of a prompt, token by token, in a new sequence.
 
         Args:
             prompt: at least one id.
             max_new_tokens: at most that many.
             stop_ids: the first of these ends it, and is its last token.
+            ends: whether it may also stop with the new ids so far; asked after each token.
 
         Raises:
             ValueError: as `extend`.
@@ -124,6 +131,6 @@ class DeviceProgram:
         while len(new) < max_new_tokens:
             tokens = [int(self.extend(tokens).argmax())]
             new += tokens
-            if tokens[0] in stop_ids:
+            if tokens[0] in stop_ids or (ends is not None and ends(new)):
                 break
         return new

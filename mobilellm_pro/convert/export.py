@@ -4,7 +4,7 @@ mobilellm-pro export train_configs/debug/7_export.toml outputs/debug/4_qat_cpu F
 
 packed/        int4 in safetensors, two integers a byte: what evaluations and other programs read
 torchao/       `AutoModelForCausalLM.from_pretrained` of stock transformers with torchao
-executorch/    model.pte and model.ptd: the program that runs on a phone's CPU
+executorch/    model.pte and model.ptd: the program that runs on a phone's CPU; and its tokenizer
 export.json    bytes, comparisons and settings, and sizes.md the same as a table
 """
 
@@ -25,10 +25,12 @@ from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.config import ConfigError, Problem, cpu_device
 from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
+from mobilellm_pro.convert.conversion import write_tokenizer
 from mobilellm_pro.convert.export_sizes import packed_bytes, torchao_bytes
 from mobilellm_pro.convert.packed_folder import read_packed, write_packed
 from mobilellm_pro.convert.quantized_model import QuantizedModel, quantize_student
 from mobilellm_pro.convert.unpacked_student import unpacked_student
+from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.quantized_modules import StudentQuantization, quantize_modules
 from mobilellm_pro.model.student import Student
@@ -202,6 +204,8 @@ def _write_executorch(model: QuantizedModel, folder: Path, table: ExportTable, t
     from mobilellm_pro.convert.executorch_export import export_executorch
 
     report = export_executorch(model, folder, max_tokens=table.max_tokens)
+    # ExecuTorch's library must read tokenizer.json: with tokenizer.model alone it would split text in another way.
+    write_tokenizer(Tokenizer.load(model.tokenizer), folder, max_tokens=table.max_tokens)
     compared = report.comparison
     return {
         "bytes": report.program_bytes + report.data_bytes,

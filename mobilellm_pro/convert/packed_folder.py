@@ -108,6 +108,12 @@ def _record(scheme_name: str, scheme: Scheme, trained: bool) -> dict[str, Any]:
     }
 
 
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder is one of these, by its config.json."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and read_config(folder).get("model_type") == MODEL_TYPE
+
+
 def read_packed(folder: str | Path) -> QuantizedModel:
     """Reads what `write_packed` wrote: the same integers and scales.
 

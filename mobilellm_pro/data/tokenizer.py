@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from mobilellm_pro.data.special_tokens import BOS, EOS, PAD, special_names
+from mobilellm_pro.data.special_tokens import BOS, EOS, PAD, STOPS, special_names
 
 # The public O200K split: how text is cut into pieces before byte pairs are merged inside each piece.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -155,6 +155,11 @@ class Tokenizer:
         """What each id stands for; a special token for its name."""
         ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
         return ordinary + [name.encode() for name in self.special_ids]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Special tokens that end a continuation: of the text, of a turn, of a message."""
+        return tuple(self.special_ids[name] for name in STOPS if name in self.special_ids)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -34,16 +34,15 @@ def generate(
     loaded = load_student(checkpoint, "float32")
     text = Tokenizer.load(tokenizer or loaded.tokenizer)
     ids = torch.tensor([text.encode(prompt, bos=True)], device=loaded.device)
-    stops = tuple(i for name, i in text.special_ids.items() if name in ("<|end_of_text|>", "<|eot|>", "<|eom|>"))
     new = continue_tokens(
         loaded.model,
         ids,
         max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        stop_ids=stops,
+        stop_ids=text.stop_ids,
         generator=torch.Generator(loaded.device).manual_seed(seed),
     )
-    continuation = text.decode([i for i in new[0].tolist() if i not in stops])
+    continuation = text.decode([i for i in new[0].tolist() if i not in text.stop_ids])
     print(prompt + continuation)
     return continuation

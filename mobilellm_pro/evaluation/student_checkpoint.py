@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from mobilellm_pro.convert.packed_folder import is_packed, load_packed_student
+from mobilellm_pro.convert.quantized_model import quantize_student
+from mobilellm_pro.convert.unpacked_student import unpacked_student
 from mobilellm_pro.model.checkpoint import load_model
-from mobilellm_pro.model.quantized_modules import StudentQuantization, quantize_modules
 from mobilellm_pro.model.student import Student
 
 
@@ -31,21 +33,32 @@ def load_student(
     """Reads a student; as `load_model`, which reads any model.
 
     Args:
-        checkpoint: a run folder, one `step-N` folder, or a Hugging Face folder.
-        dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
+        checkpoint: a run folder, one `step-N` folder, a Hugging Face folder, or one of packed four-bit integers, whose
+            arithmetic is that of the scheme.
+        dtype: of the weights; default that of a packed folder's scheme, else bfloat16 on a GPU, float32 on a CPU.
         device: default this process' GPU, where there is one.
         quantize: a scheme to whose few bits a student in full precision is rounded to nearest.
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: it is not a student's, or is damaged, or was quantized while it trained and shall be again.
+        ValueError: it is not a student's, or is damaged, or is quantized already and shall be again.
     """
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     device = device or own
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    model, tokenizer, max_tokens = load_model(checkpoint, dtype, device)
+    if is_packed(checkpoint):
+        model, tokenizer, max_tokens = load_packed_student(checkpoint, dtype=dtype)
+        model.to(device)
+    else:
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        # What is rounded to few bits now must be the weight itself, not the weight rounded before.
+        read_as = dtype if quantize is None else "float32"
+        model, tokenizer, max_tokens = load_model(checkpoint, read_as, device if quantize is None else "cpu")
     if not isinstance(model, Student):
         raise ValueError(f"{checkpoint}: a {type(model).__name__.lower()}; only students have a KV cache")
+    if quantize is not None and model.quantization is not None:
+        raise ValueError(f"{checkpoint}: quantized already, scheme {model.quantization.name}; leave out --quantize")
     if quantize is not None:
-        quantize_modules(model, StudentQuantization(quantize, param_dtype=model.norm.weight.dtype))
-    return LoadedStudent(model, tokenizer, max_tokens, device, dtype)
+        rounded = quantize_student(model, quantize, tokenizer, max_tokens)
+        model = unpacked_student(rounded, dtype=dtype).to(device)
+    kept = str(model.norm.weight.dtype).removeprefix("torch.")
+    return LoadedStudent(model, tokenizer, max_tokens, device, kept)

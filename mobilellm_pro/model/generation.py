@@ -5,6 +5,8 @@ A prompt goes in in chunks: the memory beside the cache is that of a chunk, howe
 Shapes: B rows of equal length, S prompt tokens, N new tokens, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ def continue_tokens(
     temperature: float = 0.0,
     top_p: float = 1.0,
     stop_ids: tuple[int, ...] = (),
+    ends: Callable[[list[int]], bool] | None = None,
     generator: torch.Generator | None = None,
     prefill_tokens: int = 2048,
     cache_dtype: CacheDtype | None = None,
@@ -36,6 +39,7 @@ def continue_tokens(
         temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
         top_p: samples among the fewest tokens whose probabilities sum to at least top_p.
         stop_ids: ends when every row has produced one of them; a row goes on repeating its own.
+        ends: whether a row may also stop with the new ids that it has so far; asked after each token.
         generator: source of randomness.
         prefill_tokens: of the prompt at a time.
         cache_dtype: of the KV cache; default: what the student is trained for.
@@ -66,6 +70,9 @@ def continue_tokens(
             chosen = torch.where(finished, produced[-1], chosen)
         produced.append(chosen)
         finished |= torch.isin(chosen, stops)
+        if ends is not None:
+            rows = torch.stack(produced, dim=1).tolist()
+            finished |= torch.tensor([ends(row) for row in rows], device=prompt.device)
         if bool(finished.all()):
             break
         tokens = chosen.unsqueeze(1)

@@ -7,17 +7,19 @@ its name in `phases.KindName`, and a line in `KINDS`.
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobilellm_pro.config import JobConfig, load, resolved_toml, smallest_world_size
 from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.convert.export import RECORD, load_export_table
+from mobilellm_pro.evaluation.evaluation_folder import RESULTS
+from mobilellm_pro.evaluation.suite import load_suite
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline.data_mix_folder import WEIGHTS, WEIGHTS_RECORD
 from mobilellm_pro.pipeline.phases import PREFIX, Phase
-from mobilellm_pro.pipeline.run_command import num_processes, train_command
+from mobilellm_pro.pipeline.run_command import evaluation_program, num_processes, train_command
 from mobilellm_pro.pipeline.train_job import online_evaluations
 from mobilellm_pro.pipeline.varied_job import flatten, words_of
 from mobilellm_pro.training.preflight import problems
@@ -221,23 +223,30 @@ def _convert_command(phase: Phase, products: Products) -> list[str]:
     return ["mobilellm-pro", "convert", str(products[phase.initial]), str(phase.folder), "--overwrite"]
 
 
-def _about_command(verb: str) -> Callable[[Phase, Products], list[str]]:
-    """Of a verb that takes a file, a checkpoint and a folder to write to."""
-
-    def command(phase: Phase, products: Products) -> list[str]:
-        assert phase.initial is not None
-        checkpoint = str(products[phase.initial])
-        return ["mobilellm-pro", verb, _file(phase), checkpoint, str(phase.folder)]
-
-    return command
+def _about(phase: Phase, products: Products) -> list[str]:
+    """Words of a verb that takes a file, a checkpoint and a folder to write to."""
+    assert phase.initial is not None
+    return [_file(phase), str(products[phase.initial]), str(phase.folder)]
 
 
 def _no_problems(phase: Phase, products: Products) -> Iterator[str]:
     yield from ()
 
 
+def _evaluate_settings(phase: Phase, products: Products) -> dict[str, Any]:
+    """With the keys of the suite that the file is based on."""
+    return flatten(asdict(load_suite(_file(phase)))) | {"initial_checkpoint": f"{PREFIX}{phase.initial}"}
+
+
 def _evaluate_problems(phase: Phase, products: Products) -> Iterator[str]:
-    yield 'kind = "evaluate": this version has no verb of that name; leave the phase out'
+    suite = load_suite(_file(phase))
+    if suite.data and not Path(suite.data).is_dir():
+        yield f"data = {suite.data}: no such folder; `mobilellm-pro fetch-evaluation {suite.data}` makes a small one"
+
+
+def _evaluate_metrics(phase: Phase) -> dict[str, Any]:
+    results = json.loads((phase.folder / RESULTS).read_text())
+    return {key: results[key] for key in ("columns", "averages")}
 
 
 def _export_problems(phase: Phase, products: Products) -> Iterator[str]:
@@ -291,7 +300,19 @@ KINDS: dict[str, Kind] = {
         _merge_metrics,
     ),
     "convert": Kind(_convert_command, _file_settings, _no_problems, _folder_with("config.json"), _no_metrics),
-    "evaluate": Kind(_about_command("evaluate"), _file_settings, _evaluate_problems, _folder_with(DONE), _no_metrics),
-    "export": Kind(_about_command("export"), _file_settings, _export_problems, _folder_with(DONE), _export_metrics),
+    "evaluate": Kind(
+        lambda phase, products: [*evaluation_program(), "evaluate", *_about(phase, products)],
+        _evaluate_settings,
+        _evaluate_problems,
+        _folder_with(DONE),
+        _evaluate_metrics,
+    ),
+    "export": Kind(
+        lambda phase, products: ["mobilellm-pro", "export", *_about(phase, products)],
+        _file_settings,
+        _export_problems,
+        _folder_with(DONE),
+        _export_metrics,
+    ),
 }
 """By name, as `phases.KindName` has them."""

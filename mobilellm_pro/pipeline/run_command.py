@@ -1,7 +1,7 @@
 """Trainings and tests as commands of the user's: which program starts them, and where what they print goes.
 
 $TRAIN_COMMAND starts a training and gets the job's file and its overrides as words (default: bash launch/train.sh);
-$EVALUATE_COMMAND is what stands before `needle ...` and `held-out ...`, as `torchrun -m mobilellm_pro`.
+$EVALUATE_COMMAND is what stands before `evaluate ...`, `needle ...` and `held-out ...`, as `torchrun -m mobilellm_pro`.
 
 A command must not outlive who started it: a second start would meet it in the same folder. So on Linux it is told to
 end (SIGTERM, which torchrun passes on to its ranks) as soon as this process is gone, even by SIGKILL.
@@ -41,6 +41,11 @@ def train_command(job: Path, words: Sequence[str]) -> list[str]:
     return [*shlex.split(os.environ.get(TRAIN) or "bash launch/train.sh"), str(job), *words]
 
 
+def evaluation_program() -> list[str]:
+    """The words that stand before the verb of a test."""
+    return shlex.split(os.environ.get(EVALUATE) or "mobilellm-pro")
+
+
 def evaluate_command(verb: str, checkpoint: Path, words: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """The words of a command that tests a checkpoint.
 
@@ -50,8 +55,7 @@ def evaluate_command(verb: str, checkpoint: Path, words: Sequence[str], options:
         words: that follow it.
         options: of the verb; True is a switch, a list several words.
     """
-    prefix = shlex.split(os.environ.get(EVALUATE) or "mobilellm-pro")
-    command = [*prefix, verb, str(checkpoint), *words]
+    command = [*evaluation_program(), verb, str(checkpoint), *words]
     for name, value in options.items():
         values = [] if value is True else value if isinstance(value, list) else [value]
         command += [f"--{name.replace('_', '-')}", *map(str, values)]

@@ -119,7 +119,7 @@ def _with_keys(path: Path, keys: Sequence[str], what: str) -> dict[str, Any]:
 
 
 def evaluation_scores(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Scores of lm-eval's results.json.
+    """Scores of results.json, as `evaluate` writes it or lm-eval itself.
 
     Returns:
         task -> {"metric", "value", "stderr"}: percent where the metric is one of `PERCENT_METRICS`, else as it is.
@@ -134,8 +134,16 @@ def evaluation_scores(folder: Path) -> dict[str, dict[str, Any]] | None:
     results = found.get("results")
     if not isinstance(results, dict) or not all(isinstance(scores, dict) for scores in results.values()):
         raise ValueError(f'{path}: expected lm-eval\'s {{"results": {{task: {{"acc,none": ...}}}}}}')
+    if "columns" in found:  # the suite has chosen the metrics
+        return {task: _column(column) for task, column in found["columns"].items()}
     chosen = {task: _score(scores) for task, scores in results.items()}
     return {task: score for task, score in chosen.items() if score is not None}
+
+
+def _column(column: Mapping[str, Any]) -> dict[str, Any]:
+    error = column["stderr"]
+    metric = column["metric"].partition(",")[0]
+    return {"metric": metric, "value": 100 * column["score"], "stderr": None if error is None else 100 * error}
 
 
 def _score(scores: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobilellm_pro.pipeline.published_scores import MODELS, NEEDLE, SCORES
+from mobilellm_pro.evaluation.published_scores import MODELS, NEEDLE, SCORES
 from mobilellm_pro.static_page import paragraph, table
 
 _MB = 1e6

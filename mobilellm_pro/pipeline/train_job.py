@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.evaluation.needle_online import OnlineNeedle
+from mobilellm_pro.evaluation.suite_online import OnlineSuite
 from mobilellm_pro.training import run
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation
 
@@ -30,4 +31,7 @@ def online_evaluations(config: JobConfig) -> list[OnlineEvaluation]:
     found: list[OnlineEvaluation] = []
     if config.needle.enable:
         found.append(OnlineNeedle(config.needle, config.data.tokenizer, Path(config.job.dump_folder)))
+    if config.evaluation.suite:
+        folder = Path(config.job.dump_folder)
+        found.append(OnlineSuite(config.evaluation, config.data.tokenizer, config.training.seq_len, folder))
     return found

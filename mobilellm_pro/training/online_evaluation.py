@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mobilellm_pro.model.quantized_modules import quantize_modules
 from mobilellm_pro.model.student import Student
 from mobilellm_pro.training.metrics import DistillMetrics
 
@@ -94,6 +95,8 @@ def whole_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> St
     assert isinstance(model, Student), "only students are evaluated while they train"
     with torch.device("meta"):
         whole = Student(replace(model.model_args))
+        if model.quantization is not None:
+            quantize_modules(whole, model.quantization)
     whole.to(dtype).to_empty(device=device)
     whole.requires_grad_(False)
     parameters = dict(whole.named_parameters())

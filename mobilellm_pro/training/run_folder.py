@@ -8,6 +8,7 @@ metrics.jsonl    one line a logged or skipped step, validation or evaluation; af
 run.lock         held by the run that is at work here; who it is
 STOP             made by whoever wants the run to save a checkpoint and end
 needle/          step-N.json: every cell of the needle test after step N, where [needle] asks for it
+eval/            step-N/: what `evaluate` writes, after step N, where [evaluation] asks for it
 DONE             written last: steps, wall seconds, checkpoint, the last validation and the last of each evaluation
 """
 

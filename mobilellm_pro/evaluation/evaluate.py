@@ -1,0 +1,235 @@
+"""A checkpoint through a suite of lm-eval-harness tasks: the `evaluate` verb.
+
+    mobilellm-pro evaluate train_configs/suites/base.toml outputs/debug/3_merge outputs/debug/evaluation
+    torchrun --nproc-per-node 8 -m mobilellm_pro evaluate ...
+
+The harness makes the questions and judges the answers; `harness_model` answers. A finished task is not run again, and
+of one that was stopped, answers that were given stay.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
+
+from mobilellm_pro.data.claimed_file import agree_on_settings
+from mobilellm_pro.evaluation.comparison import compare_evaluations
+from mobilellm_pro.evaluation.evaluation_folder import (
+    DONE,
+    SETTINGS,
+    TABLE,
+    task_file,
+    write_results,
+    write_task,
+)
+from mobilellm_pro.evaluation.local_datasets import local_datasets
+from mobilellm_pro.evaluation.suite import NEEDLE, Column, Suite, load_suite
+from mobilellm_pro.training.run_folder import describe_environment
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from mobilellm_pro.evaluation.harness_model import HarnessModel
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+"""Definitions of tasks that the harness lacks."""
+
+_TOKENIZER = "tokenizer"
+_BOOTSTRAP = 1000
+"""Draws for the standard error of a metric that is no mean."""
+
+
+def evaluate(
+    suite: str,
+    checkpoint: str,
+    output: str,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    only: list[str] | None = None,
+    compare: list[str] | None = None,
+    allow_code: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    device: str | None = None,
+    quantize: Literal["cpu", "accelerator"] | None = None,
+    tree_tokens: int = 2048,
+    batch: int = 8,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Run a checkpoint through a suite of lm-eval-harness tasks, and print a table with standard errors.
+
+    Started again with the same output, it goes on where it stopped; under torchrun the ranks share the documents.
+
+    Args:
+        suite: TOML file that names tasks and metrics, as train_configs/suites/base.toml.
+        checkpoint: a run folder, one step-N folder, a Hugging Face folder, a folder of packed four-bit integers, or
+            an exported ExecuTorch program's.
+        output: folder to write to.
+        data: local folder of datasets, in the Hub's files; default the suite's, or the Hub.
+        limit: documents of each task, the first ones; default the suite's, or all.
+        only: tasks of the suite; default the suite's, or all.
+        compare: folders of finished evaluations to put beside this one, with significance of the differences.
+        allow_code: run programs that the model writes, in a limited subprocess.
+        dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
+        device: default this process' GPU, where there is one.
+        quantize: round a student in full precision to the few bits of this scheme first.
+        tree_tokens: of many questions and answers at a time in the model.
+        batch: prompts of equal length that are continued at a time.
+        overwrite: forget what is in the output folder.
+
+    Returns:
+        What results.json holds, on the first rank.
+
+    Raises:
+        ConfigError: everything that is wrong with the suite.
+        FileNotFoundError: no such checkpoint, tokenizer or data folder.
+        ValueError: unknown tasks or metrics, data that is missing, code that is not allowed, or an output folder with
+            other settings.
+    """
+    if find_spec("lm_eval") is None:
+        raise ValueError("this needs lm-eval, which the extra `eval` installs: pip install 'mobilellm-pro[eval]'")
+    chosen = load_suite(suite)
+    chosen = replace(chosen, data=data or chosen.data, limit=limit or chosen.limit, only=only or chosen.only)
+    folder, begin = Path(output), time.monotonic()
+    settings = _settings(chosen, checkpoint, {"dtype": dtype, "quantize": quantize})
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if overwrite and first_rank:
+        shutil.rmtree(folder, ignore_errors=True)
+    if first_rank:
+        said, cure = "the scores in this folder were made with other settings", "choose another folder, or --overwrite"
+        agree_on_settings(folder / SETTINGS, settings, said=said, cure=cure)
+    if not (folder / DONE).is_file():
+        from mobilellm_pro.evaluation.harness_model import CheckpointModel  # imports lm-eval
+
+        manager = task_manager(chosen, folder)
+        check_tasks(chosen, suite, manager.all_tasks, allow_code)
+        model = CheckpointModel(checkpoint, max_length=chosen.max_length, tree_tokens=tree_tokens, batch_size=batch,
+                                dtype=dtype, device=device, quantize=quantize)  # fmt: skip
+        todo = [column for column in chosen.columns if not task_file(folder, column.task).is_file()]
+        if dist.is_initialized():
+            dist.barrier()  # every rank has seen the same files
+        evaluate_columns(chosen, todo, model, manager, folder, allow_code)
+    if not first_rank:
+        return None
+    results = write_results(folder, chosen, _record(settings, begin))
+    print((folder / TABLE).read_text(), end="")
+    if compare:
+        compare_evaluations([folder, *compare], folder / "comparison")
+    return results
+
+
+def _settings(suite: Suite, checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What decides about the scores."""
+    kept = {key: value for key, value in asdict(suite).items() if key not in ("base", "column", "average", "only")}
+    kept["suite"] = kept.pop("name")
+    return {"checkpoint": checkpoint, **kept, **options, "columns": [asdict(column) for column in suite.columns]}
+
+
+def _record(settings: dict[str, Any], begin: float) -> dict[str, Any]:
+    environment = describe_environment(int(os.environ.get("WORLD_SIZE", "1")))
+    environment["versions"] |= {name: importlib.metadata.version(name) for name in ("lm-eval", "datasets")}
+    kept = {key: value for key, value in settings.items() if key != "columns"}
+    return {**kept, "seconds": round(time.monotonic() - begin, 1), "environment": environment}
+
+
+def check_tasks(suite: Suite, source: str, known: Sequence[str], allow_code: bool) -> None:
+    """Looks for all of a suite's tasks before the first one is run.
+
+    Args:
+        suite: that will be run.
+        source: its file.
+        known: names of tasks.
+        allow_code: whether programs that the model writes may be run.
+
+    Raises:
+        ValueError: tasks that nobody knows, or that run code although that is not allowed.
+    """
+    tasks = [column.task for column in suite.columns if column.task != NEEDLE]
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ValueError(
+            f"{source}: task {', '.join(unknown)}: lm-eval {importlib.metadata.version('lm-eval')} has none of that "
+            "name, nor has this project; see `lm_eval ls tasks`"
+        )
+    running = [task for task in tasks if task.endswith("_sandboxed")]
+    if running and not allow_code:
+        raise ValueError(
+            f"{source}: {', '.join(running)} run programs that the model writes, in a subprocess with limits but on "
+            "this machine; say --allow-code, or leave them out with --only"
+        )
+
+
+def task_manager(suite: Suite, folder: Path) -> "TaskManager":
+    """lm-eval's, with this project's tasks; it reads every definition that it has, which takes seconds.
+
+    Args:
+        suite: whose tasks will be asked for.
+        folder: of the evaluation, where tasks that count tokens will find the tokenizer.
+    """
+    from lm_eval.tasks import TaskManager
+
+    metadata = {"max_seq_lengths": suite.ruler.lengths, "tokenizer": str(folder / _TOKENIZER)}
+    return TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
+
+
+def evaluate_columns(
+    suite: Suite,
+    columns: Sequence[Column],
+    model: "HarnessModel",
+    manager: "TaskManager",
+    folder: Path,
+    allow_code: bool = False,
+) -> None:
+    """Evaluates tasks one after another, and writes each as soon as it is finished; a collective of the model's ranks.
+
+    Args:
+        suite: with its settings.
+        columns: of the suite.
+        model: to evaluate.
+        manager: from `task_manager`.
+        folder: to write to, on the first rank.
+        allow_code: run programs that the model writes.
+    """
+    from lm_eval import simple_evaluate
+
+    if any(column.task.startswith("niah") for column in columns):
+        model.write_tokenizer(folder / _TOKENIZER)
+    for number, column in enumerate(columns):
+        if model.rank == 0:
+            print(f"{column.task}: {number + 1} of {len(columns)}", flush=True)
+        if column.task == NEEDLE:
+            scores, samples = model.needle(suite.needle, column.metric)
+        else:
+            responses = folder / "responses" / column.task
+            responses.parent.mkdir(parents=True, exist_ok=True)
+            with local_datasets(suite.data):
+                found = simple_evaluate(
+                    model=model,
+                    tasks=[column.task],
+                    num_fewshot=column.shots,
+                    limit=suite.limit,
+                    use_cache=str(responses),
+                    bootstrap_iters=_BOOTSTRAP,
+                    apply_chat_template=suite.chat,
+                    task_manager=manager,
+                    random_seed=suite.seed,
+                    numpy_random_seed=suite.seed,
+                    torch_random_seed=suite.seed,
+                    fewshot_random_seed=suite.seed,
+                    confirm_run_unsafe_code=allow_code,
+                )
+            if found is None:  # another rank's to write
+                continue
+            scores = {key: found[key] for key in ("results", "n-shot", "n-samples", "versions")}
+            samples = found["samples"]
+        if model.rank == 0:
+            write_task(folder, column, scores, samples)
+    if model.rank == 0:
+        shutil.rmtree(folder / "responses", ignore_errors=True)

@@ -1,0 +1,170 @@
+"""A suite of evaluations as TOML: which tasks, with how many shots, which of their metrics counts.
+
+base = "../suites/base.toml"              a file that this one changes: its keys stay where this one says nothing
+name = "base"
+data = "evaluation_data"                  local folder of datasets; without it they come from the Hugging Face Hub
+limit = 100                               documents of each task; without it all
+only = ["boolq", "piqa"]                  of the columns; without it all
+[[column]]
+task = "boolq"                            as lm-eval calls it; "needle" is this project's own test
+name = "BoolQ"
+metric = "acc"
+shots = 0
+[[average]]
+name = "average"
+columns = ["boolq", "piqa"]
+[needle]  [ruler]                         settings of those tests
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mobilellm_pro.config import ConfigError, Problem
+from mobilellm_pro.config.config_error import nearest_name
+from mobilellm_pro.config.table_arrays import missing_or_repeated
+from mobilellm_pro.config.toml import read_toml
+from mobilellm_pro.config.typed_values import check_table
+
+NEEDLE = "needle"
+"""Task of a column that the harness does not know."""
+
+
+@dataclass
+class Column:
+    """A number of the table."""
+
+    task: str = ""
+    """A task or a group of tasks, as lm-eval calls it."""
+
+    name: str = ""
+    """In tables."""
+
+    metric: str = ""
+    """One of the task's: "acc", or "exact_match,remove_whitespace" where it has several filters."""
+
+    shots: int | None = None
+    """Examples before each question; None: what the task says."""
+
+
+@dataclass
+class Average:
+    """The mean of columns."""
+
+    name: str = ""
+    columns: list[str] = field(default_factory=list)
+    """Tasks."""
+
+
+@dataclass
+class NeedleTable:
+    """The grid of this project's needle test; see `mobilellm-pro needle --help`."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Empty: ten, evenly spaced from 2,000 to 131,072."""
+
+    depths: int = 9
+    needles: int = 5
+    haystack: str = ""
+    """A prepared corpus; empty: the generated filler."""
+
+
+@dataclass
+class RulerTable:
+    """RULER's own tests."""
+
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    """Tokens of their prompts."""
+
+
+@dataclass
+class Suite:
+    """A file."""
+
+    name: str = ""
+    base: str = ""
+    """Another file, relative to this one's folder, whose keys hold where this one has none."""
+
+    column: list[Column] = field(default_factory=list)
+    average: list[Average] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+    """Tasks; empty: all columns."""
+
+    data: str = ""
+    """Local folder of datasets; empty: from the Hub."""
+
+    limit: int | None = None
+    """Documents of a task."""
+
+    chat: bool = False
+    """Questions are put as a user's turn, in the format that Llama 4's tokenizer has names for."""
+
+    max_length: int | None = None
+    """Tokens of the longest sequence; None: what the model was trained on."""
+
+    seed: int = 1234
+    """Of the choice of examples and of sampling."""
+
+    needle: NeedleTable = field(default_factory=NeedleTable)
+    ruler: RulerTable = field(default_factory=RulerTable)
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those that are evaluated."""
+        return [column for column in self.column if not self.only or column.task in self.only]
+
+    @property
+    def averages(self) -> list[Average]:
+        """Those all of whose columns are evaluated."""
+        tasks = {column.task for column in self.columns}
+        return [average for average in self.average if tasks.issuperset(average.columns)]
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Reads a file and the one that it is based on.
+
+    Raises:
+        ConfigError: with all problems of both.
+    """
+    path = Path(path)
+    values, problems = _read(path)
+    if base := values.pop("base", ""):
+        below, more = _read(path.parent / base)
+        if "base" in below:
+            more.append(Problem(str(path.parent / base), "base", "a base of a base", "one level"))
+        values, problems = below | values, problems + more
+    values["needle"] = NeedleTable(**values.get("needle", {}))
+    values["ruler"] = RulerTable(**values.get("ruler", {}))
+    suite = Suite(**values)
+    problems += _problems(suite, str(path))
+    if problems:
+        raise ConfigError(str(path), problems)
+    return suite
+
+
+def _read(path: Path) -> tuple[dict, list[Problem]]:
+    return check_table(Suite, read_toml(path, "a suite of evaluations"), str(path))
+
+
+def _problems(suite: Suite, source: str) -> Iterator[Problem]:
+    tasks = [column.task for column in suite.column]
+    if not suite.name:
+        yield Problem(source, "name", "nothing", "the suite's name")
+    if not tasks:
+        yield Problem(source, "column", "nothing", "[[column]] tables with task, name and metric")
+    given = ("task", "name", "metric")
+    yield from missing_or_repeated(suite.column, "column", source, given=given, unique=("task", "name"))
+    yield from missing_or_repeated(suite.average, "average", source, given=("name", "columns"), unique=("name",))
+    wanted = [("only", task) for task in suite.only]
+    wanted += [(f"average[{n}].columns", task) for n, average in enumerate(suite.average) for task in average.columns]
+    for key, task in wanted:
+        if task not in tasks:
+            yield Problem(source, key, f'"{task}"', "the task of a [[column]]", nearest_name(task, tasks))
+    numbers = {"limit": suite.limit, "max_length": suite.max_length}
+    numbers |= {"needle.depths": suite.needle.depths, "needle.needles": suite.needle.needles}
+    for key, number in numbers.items():
+        if number is not None and number < 1:
+            yield Problem(source, key, str(number), "at least 1, or no such key")
+    for place, column in enumerate(suite.column):
+        if column.shots is not None and column.shots < 0:
+            yield Problem(source, f"column[{place}].shots", str(column.shots), "0 or more")

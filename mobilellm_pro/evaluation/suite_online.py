@@ -1,0 +1,97 @@
+"""A suite of lm-eval-harness tasks at an interval of training: what [evaluation] of a job asks for.
+
+Every rank holds the whole student and answers its share of the documents. The run's folder gets, under eval/step-N,
+what `evaluate` writes.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from mobilellm_pro.config.job_config import Evaluation
+from mobilellm_pro.data.tokenizer import Tokenizer
+from mobilellm_pro.evaluation.evaluate import check_tasks, evaluate_columns, task_manager
+from mobilellm_pro.evaluation.evaluation_folder import DONE, RESULTS, write_results
+from mobilellm_pro.evaluation.suite import Suite, load_suite
+from mobilellm_pro.evaluation.text_model import StudentModel
+from mobilellm_pro.model.student import Student
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+class OnlineSuite:
+    """An evaluation for `mobilellm_pro.training.online_evaluation`."""
+
+    name = "eval"
+
+    def __init__(self, settings: Evaluation, tokenizer: str, max_tokens: int, run_folder: Path) -> None:
+        """Reads nothing yet.
+
+        Args:
+            settings: the [evaluation] section.
+            tokenizer: source for `Tokenizer.load`, the run's.
+            max_tokens: longest row of the run.
+            run_folder: gets the folder eval/.
+        """
+        self.freq = settings.freq
+        self._file, self._tokenizer, self._max_tokens = settings.suite, tokenizer, max_tokens
+        self._folder = run_folder / self.name
+
+    @cached_property
+    def _suite(self) -> Suite:
+        return load_suite(self._file)
+
+    @cached_property
+    def _manager(self) -> "TaskManager":
+        return task_manager(self._suite, self._folder)
+
+    def problems(self) -> list[str]:
+        """A suite that cannot be read, tasks that nobody knows or that run code, data that is not there."""
+        if find_spec("lm_eval") is None:
+            return ["evaluation.suite needs lm-eval: pip install 'mobilellm-pro[eval]', or leave the key empty"]
+        try:
+            suite = self._suite
+            check_tasks(suite, self._file, self._manager.all_tasks, allow_code=False)
+        except ValueError as error:
+            return [f"[evaluation]: {error}"]
+        if suite.data and not Path(suite.data).is_dir():
+            return [f"{self._file}: data = {suite.data}: no such folder; give one, or an empty one for the Hub"]
+        return []
+
+    def is_done(self, step: int) -> bool:
+        """Whether the scores of this step are in the run's folder."""
+        return (self._folder / f"step-{step}" / DONE).is_file()
+
+    def __call__(self, model: Student, step: int) -> dict[str, float]:
+        """Tests a whole student, on every rank at once.
+
+        Returns:
+            score of each column and each average, in percent.
+        """
+        from mobilellm_pro.evaluation.harness_model import HarnessModel
+
+        folder = self._folder / f"step-{step}"
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)  # of a test that was stopped
+        adapter = HarnessModel(
+            StudentModel(model, self._max_tokens), Tokenizer.load(self._tokenizer), self._suite.max_length
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluate_columns(self._suite, self._suite.columns, adapter, self._manager, folder)
+            if first:
+                record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit}
+                write_results(folder, self._suite, record)
+        if dist.is_initialized():
+            dist.barrier()
+        results = json.loads((folder / RESULTS).read_text())
+        scores = {task: 100 * column["score"] for task, column in results["columns"].items()}
+        return scores | {name: 100 * average["score"] for name, average in results["averages"].items()}
