@@ -136,6 +136,7 @@ def _record(settings: dict[str, Any], begin: float) -> dict[str, Any]:
     environment = describe_environment(int(os.environ.get("WORLD_SIZE", "1")))
     environment["versions"] |= {name: importlib.metadata.version(name) for name in ("lm-eval", "datasets")}
     kept = {key: value for key, value in settings.items() if key != "columns"}
+    kept["limit"] = kept["limit"] or None
     return {**kept, "seconds": round(time.monotonic() - begin, 1), "environment": environment}
 
 
@@ -214,7 +215,7 @@ def evaluate_columns(
                     model=model,
                     tasks=[column.task],
                     num_fewshot=column.shots,
-                    limit=suite.limit,
+                    limit=suite.limit or None,
                     use_cache=str(responses),
                     bootstrap_iters=_BOOTSTRAP,
                     apply_chat_template=suite.chat,

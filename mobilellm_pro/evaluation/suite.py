@@ -3,7 +3,7 @@
 base = "../suites/base.toml"              a file that this one changes: its keys stay where this one says nothing
 name = "base"
 data = "evaluation_data"                  local folder of datasets; without it they come from the Hugging Face Hub
-limit = 100                               documents of each task; without it all
+limit = 100                               documents of each task; without it, or 0, all
 only = ["boolq", "piqa"]                  of the columns; without it all
 [[column]]
 task = "boolq"                            as lm-eval calls it; "needle" is this project's own test
@@ -93,8 +93,8 @@ class Suite:
     data: str = ""
     """Local folder of datasets; empty: from the Hub."""
 
-    limit: int | None = None
-    """Documents of a task."""
+    limit: int = 0
+    """Documents of a task, the first ones; 0: all."""
 
     chat: bool = False
     """Questions are put as a user's turn, in the format that Llama 4's tokenizer has names for."""
@@ -115,9 +115,10 @@ class Suite:
 
     @property
     def averages(self) -> list[Average]:
-        """Those all of whose columns are evaluated."""
-        tasks = {column.task for column in self.columns}
-        return [average for average in self.average if tasks.issuperset(average.columns)]
+        """Those all of whose columns are evaluated; if there is none, that of all that are."""
+        tasks = [column.task for column in self.columns]
+        whole = [average for average in self.average if set(tasks).issuperset(average.columns)]
+        return whole or [Average("columns above", tasks)]
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -160,8 +161,10 @@ def _problems(suite: Suite, source: str) -> Iterator[Problem]:
     for key, task in wanted:
         if task not in tasks:
             yield Problem(source, key, f'"{task}"', "the task of a [[column]]", nearest_name(task, tasks))
-    numbers = {"limit": suite.limit, "max_length": suite.max_length}
-    numbers |= {"needle.depths": suite.needle.depths, "needle.needles": suite.needle.needles}
+    if suite.limit < 0:
+        yield Problem(source, "limit", str(suite.limit), "a number of documents, or 0 for all")
+    numbers = {"max_length": suite.max_length, "needle.depths": suite.needle.depths}
+    numbers["needle.needles"] = suite.needle.needles
     for key, number in numbers.items():
         if number is not None and number < 1:
             yield Problem(source, key, str(number), "at least 1, or no such key")

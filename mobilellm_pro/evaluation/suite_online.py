@@ -88,7 +88,7 @@ class OnlineSuite:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluate_columns(self._suite, self._suite.columns, adapter, self._manager, folder)
             if first:
-                record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit}
+                record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit or None}
                 write_results(folder, self._suite, record)
         if dist.is_initialized():
             dist.barrier()

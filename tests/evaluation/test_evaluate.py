@@ -190,7 +190,7 @@ def test_mistakes(folder: Path, suite: Path, tmp_path: Path, change: tuple[str, 
         ('name = "a"', "column: found nothing"),
         (SUITE.replace('name = "OBQA"', 'name = "PIQA"'), '"PIQA" a second time'),
         (SUITE.replace('["piqa", "openbookqa"]', '["piqua"]'), r"average\[0\].columns.*piqua.*piqa"),
-        (SUITE.replace("limit = 6", "limit = 0"), "limit: found 0"),
+        (SUITE.replace("limit = 6", "limit = -1"), "limit: found -1"),
         (SUITE.replace("shots = 1", "shots = -1"), r"column\[0\].shots"),
         (f'base = "nowhere.toml"\n{SUITE}', "nowhere.toml"),
     ],
@@ -213,7 +213,7 @@ def test_a_file_changes_its_base(tmp_path: Path):
     (tmp_path / "own.toml").write_text('base = "base.toml"\nlimit = 3\nonly = ["openbookqa"]\n')
     suite = load_suite(tmp_path / "own.toml")
     assert (suite.name, suite.limit, [column.task for column in suite.columns]) == ("base", 3, ["openbookqa"])
-    assert suite.averages == []
+    assert [(average.name, average.columns) for average in suite.averages] == [("columns above", ["openbookqa"])]
 
 
 @pytest.mark.parametrize("scheme", ["cpu", "accelerator"])
