@@ -66,8 +66,9 @@ def main() -> None:
             for task in TASKS:
                 lines.append(row(task, shots, models, arguments, manager))
                 print(lines[-1], flush=True)
-    lines += ["", f"Size {arguments.size}, float32, {torch.get_num_threads()} threads; `hf` with rows of "
-              f"{arguments.batch_size}, the first {arguments.limit} documents, median of {arguments.rounds} rounds."]  # fmt: skip
+    settings = f"Size {arguments.size}, float32, {torch.get_num_threads()} threads"
+    rows = f"`hf` with rows of {arguments.batch_size}, the first {arguments.limit} documents"
+    lines += ["", f"{settings}; {rows}, median of {arguments.rounds} rounds."]
     lines += ["", "Doubts: random weights; a small model, of which the harness' own work is a larger part."]
     if arguments.write:
         write_atomically(arguments.write, "\n".join(lines) + "\n")

@@ -44,6 +44,7 @@ VERBS: dict[str, str] = {
     "generate": "mobilellm_pro.evaluation.generate:generate",
     "needle": "mobilellm_pro.evaluation.needle:needle",
     "evaluate": "mobilellm_pro.evaluation.evaluate:evaluate",
+    "contamination": "mobilellm_pro.evaluation.job_contamination:job_contamination",
     "held-out": "mobilellm_pro.evaluation.held_out:held_out",
     "compare": "mobilellm_pro.pipeline.compare:compare",
     "ablate": "mobilellm_pro.pipeline.ablation:ablate",

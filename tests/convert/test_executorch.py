@@ -17,6 +17,9 @@ from mobilellm_pro.convert.executorch_decoder import Decoder, Ring
 from mobilellm_pro.convert.executorch_export import Comparison, ExecutorchReport, export_executorch
 from mobilellm_pro.convert.executorch_runtime import DeviceProgram, ExecutorchMissing
 from mobilellm_pro.convert.quantized_model import QuantizedModel, quantize_student
+from mobilellm_pro.convert.unpacked_student import unpacked_student
+from mobilellm_pro.evaluation.program_model import ProgramModel
+from mobilellm_pro.evaluation.text_model import Ending, Sampling, StudentModel
 from mobilellm_pro.model.kv_cache import KVCache
 from mobilellm_pro.model.student import Student, StudentArgs
 from mobilellm_pro.quantization.quantized_weight import QuantizedWeight
@@ -295,3 +298,22 @@ def test_executorch_that_is_not_installed(model: QuantizedModel, tmp_path: Path,
     monkeypatch.setattr(executorch_runtime, "find_spec", lambda name: None)
     with pytest.raises(ExecutorchMissing, match=r"pip install 'mobilellm-pro\[export\]'"):
         export_executorch(model, tmp_path / "out", max_tokens=MAX_TOKENS)
+
+
+def test_a_program_scores_as_its_eager_model(exported: Exported):
+    """Log likelihoods of an evaluation; a step of an activation's int8 more or less is all that differs."""
+    endings = [Ending(ids(length, length), scored) for length, scored in ((5, 1), (20, 4), (40, 6), (40, 1))]
+    endings += [Ending([*ids(30, 7), last], 1) for last in (1, 2, 3)]
+    eager = unpacked_student(exported.model, zero_point="integer")
+    expected = dict(StudentModel(eager, MAX_TOKENS).scores(endings))
+    program = ProgramModel(exported.folder)
+    assert (program.vocab_size, program.max_tokens) == (ARGS.vocab_size, MAX_TOKENS)
+    found = dict(program.scores(endings))
+    for number, (_, scored) in enumerate(endings):
+        assert found[number].log_likelihood == pytest.approx(expected[number].log_likelihood, abs=0.1 * scored)
+        assert found[number].log_likelihood < -scored
+    sampling = Sampling(max_new_tokens=6)
+    ((_, new),) = program.continuations([ids(20, 3)], sampling, lambda ids: len(ids) == 3)
+    assert new == DeviceProgram(exported.folder).continue_tokens(ids(20, 3), 3)
+    with pytest.raises(ValueError, match="greedily"):
+        next(program.continuations([[1]], Sampling(6, temperature=1.0), lambda ids: False))
