@@ -31,7 +31,7 @@ VARIANTS = {
     "cpu, QAT without KD": ("4_qat_cpu", ["--distill.objective=ce"]),
     "cpu, QAT with KD": ("4_qat_cpu", []),
     "accelerator, QAT without KD, learned ranges": ("4_qat_accelerator", ["--distill.objective=ce"]),
-    "accelerator, QAT with KD, computed ranges": ("4_qat_accelerator", ["--quantization.no_learned_ranges"]),
+    "accelerator, QAT with KD, computed ranges": ("4_qat_accelerator", ["--quantization.learned_ranges=false"]),
     "accelerator, QAT with KD, learned ranges": ("4_qat_accelerator", []),
 }
 

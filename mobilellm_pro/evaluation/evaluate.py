@@ -8,6 +8,7 @@ of one that was stopped, answers that were given stay.
 """
 
 import importlib.metadata
+import json
 import os
 import shutil
 import time
@@ -17,12 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
-
 from mobilellm_pro.data.claimed_file import agree_on_settings
 from mobilellm_pro.evaluation.comparison import compare_evaluations
 from mobilellm_pro.evaluation.evaluation_folder import (
     DONE,
+    RESULTS,
     SETTINGS,
     TABLE,
     task_file,
@@ -30,7 +30,9 @@ from mobilellm_pro.evaluation.evaluation_folder import (
     write_task,
 )
 from mobilellm_pro.evaluation.local_datasets import local_datasets
-from mobilellm_pro.evaluation.suite import NEEDLE, Column, Suite, load_suite
+from mobilellm_pro.evaluation.ranks import join_ranks, rank, wait_for_ranks, world_size
+from mobilellm_pro.evaluation.suite import NEEDLE, Column, Suite, check_suite, load_suite
+from mobilellm_pro.model.checkpoint import find_checkpoint
 from mobilellm_pro.training.run_folder import describe_environment
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def evaluate(
             an exported ExecuTorch program's.
         output: folder to write to.
         data: local folder of datasets, in the Hub's files; default the suite's, or the Hub.
-        limit: documents of each task, the first ones; default the suite's, or all.
+        limit: documents of each task, the first ones, 0 for all; default the suite's.
         only: tasks of the suite; default the suite's, or all.
         compare: folders of finished evaluations to put beside this one, with significance of the differences.
         allow_code: run programs that the model writes, in a limited subprocess.
@@ -96,15 +98,17 @@ def evaluate(
     if find_spec("lm_eval") is None:
         raise ValueError("this needs lm-eval, which the extra `eval` installs: pip install 'mobilellm-pro[eval]'")
     chosen = load_suite(suite)
-    chosen = replace(chosen, data=data or chosen.data, limit=limit or chosen.limit, only=only or chosen.only)
-    folder, begin = Path(output), time.monotonic()
-    settings = _settings(chosen, checkpoint, {"dtype": dtype, "quantize": quantize})
-    first_rank = os.environ.get("RANK", "0") == "0"
-    if overwrite and first_rank:
+    given: dict[str, Any] = {"data": data, "limit": limit, "only": only}
+    chosen = replace(chosen, **{key: value for key, value in given.items() if value is not None})
+    check_suite(chosen, suite)
+    if chosen.data and not Path(chosen.data).is_dir():
+        raise FileNotFoundError(f"{chosen.data}: no such folder of evaluation data; correct data of {suite}, or --data")
+    folder, begin, number = Path(output), time.monotonic(), join_ranks()
+    if overwrite and number == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    if first_rank:
-        said, cure = "the scores in this folder were made with other settings", "choose another folder, or --overwrite"
-        agree_on_settings(folder / SETTINGS, settings, said=said, cure=cure)
+    wait_for_ranks()
+    settings = _settings(chosen, checkpoint, {"dtype": dtype, "quantize": quantize})
+    _agree(folder, settings, begin=False)
     if not (folder / DONE).is_file():
         from mobilellm_pro.evaluation.harness_model import CheckpointModel  # imports lm-eval
 
@@ -112,24 +116,41 @@ def evaluate(
         check_tasks(chosen, suite, manager.all_tasks, allow_code)
         model = CheckpointModel(checkpoint, max_length=chosen.max_length, tree_tokens=tree_tokens, batch_size=batch,
                                 dtype=dtype, device=device, quantize=quantize)  # fmt: skip
+        _agree(folder, settings, begin=True)
         todo = [column for column in chosen.columns if not task_file(folder, column.task).is_file()]
-        if dist.is_initialized():
-            dist.barrier()  # every rank has seen the same files
+        wait_for_ranks()  # every one has seen the same files
         evaluate_columns(chosen, todo, model, manager, folder, allow_code)
-    if not first_rank:
+        if number == 0:
+            write_results(folder, chosen, _record(settings, begin))
+    if number:
         return None
-    results = write_results(folder, chosen, _record(settings, begin))
     print((folder / TABLE).read_text(), end="")
     if compare:
         compare_evaluations([folder, *compare], folder / "comparison")
-    return results
+    return json.loads((folder / RESULTS).read_text())
+
+
+def _agree(folder: Path, settings: dict[str, Any], *, begin: bool) -> None:
+    """Notes the settings in the folder, if the evaluation begins; an error if others are noted there."""
+    said, cure = "the scores in this folder were made with other settings", "choose another folder, or --overwrite"
+    agree_on_settings(folder / SETTINGS, settings, said=said, cure=cure, begin=begin)
 
 
 def _settings(suite: Suite, checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
     """What decides about the scores."""
     kept = {key: value for key, value in asdict(suite).items() if key not in ("base", "column", "average", "only")}
     kept["suite"] = kept.pop("name")
-    return {"checkpoint": checkpoint, **kept, **options, "columns": [asdict(column) for column in suite.columns]}
+    columns = [[column.task, column.shots] for column in suite.columns]  # names and metrics may be chosen afterwards
+    options |= {"dtype": options["dtype"] or "default", "lm-eval": importlib.metadata.version("lm-eval")}
+    return {"checkpoint": checkpoint, "step": _step(checkpoint), **kept, **options, "columns": columns}
+
+
+def _step(checkpoint: str) -> str | None:
+    """Which of a run's checkpoints that is, since a run folder means its newest; None: no run's."""
+    try:
+        return find_checkpoint(checkpoint).step.name
+    except FileNotFoundError:
+        return None
 
 
 def _record(settings: dict[str, Any], begin: float) -> dict[str, Any]:
@@ -159,6 +180,10 @@ def check_tasks(suite: Suite, source: str, known: Sequence[str], allow_code: boo
             f"{source}: task {', '.join(unknown)}: lm-eval {importlib.metadata.version('lm-eval')} has none of that "
             "name, nor has this project; see `lm_eval ls tasks`"
         )
+    outside = [task for task in tasks if task.startswith(("humaneval", "mbpp")) and not task.endswith("_sandboxed")]
+    if outside:
+        names = ", ".join(outside)
+        raise ValueError(f"{source}: {names} would run programs without limits; this project's end with _sandboxed")
     running = [task for task in tasks if task.endswith("_sandboxed")]
     if running and not allow_code:
         raise ValueError(
@@ -201,22 +226,22 @@ def evaluate_columns(
     from lm_eval import simple_evaluate
 
     if any(column.task.startswith("niah") for column in columns):
-        model.write_tokenizer(folder / _TOKENIZER)
+        model.write_tokenizer(Path((manager.metadata or {})["tokenizer"]))
     for number, column in enumerate(columns):
-        if model.rank == 0:
+        if rank() == 0:
             print(f"{column.task}: {number + 1} of {len(columns)}", flush=True)
         if column.task == NEEDLE:
             scores, samples = model.needle(suite.needle, column.metric)
         else:
-            responses = folder / "responses" / column.task
-            responses.parent.mkdir(parents=True, exist_ok=True)
+            # A rank's answers alone are not what all ranks would go on from.
+            responses = None if world_size() > 1 else str(folder / "responses" / column.task)
             with local_datasets(suite.data):
                 found = simple_evaluate(
                     model=model,
                     tasks=[column.task],
                     num_fewshot=column.shots,
                     limit=suite.limit or None,
-                    use_cache=str(responses),
+                    use_cache=responses,
                     bootstrap_iters=_BOOTSTRAP,
                     apply_chat_template=suite.chat,
                     task_manager=manager,
@@ -226,11 +251,11 @@ def evaluate_columns(
                     fewshot_random_seed=suite.seed,
                     confirm_run_unsafe_code=allow_code,
                 )
-            if found is None:  # another rank's to write
+            if found is None:  # on all but the first rank of each node
                 continue
             scores = {key: found[key] for key in ("results", "n-shot", "n-samples", "versions")}
             samples = found["samples"]
-        if model.rank == 0:
+        if rank() == 0:
             write_task(folder, column, scores, samples)
-    if model.rank == 0:
+    if rank() == 0:
         shutil.rmtree(folder / "responses", ignore_errors=True)

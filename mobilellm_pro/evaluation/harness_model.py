@@ -2,18 +2,16 @@
 
 The harness asks in text; this turns text into ids as its own `hf` model does with the tokenizer of an exported folder
 (begin of text first, trailing spaces of a context go to the ending, long sequences lose their beginning), so that both
-give the same numbers. Under torchrun every rank holds the model and runs its share of the documents.
+give the same numbers. Under torchrun every rank holds the model and answers its share of the requests; the harness
+itself sees one process, so that its prompts do not depend on the number of ranks.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -30,6 +28,7 @@ from mobilellm_pro.evaluation.needle_grid import Grid, check_prompts
 from mobilellm_pro.evaluation.needle_haystack import open_haystack
 from mobilellm_pro.evaluation.needle_prompt import TEMPLATE_VERSION
 from mobilellm_pro.evaluation.program_model import ProgramModel
+from mobilellm_pro.evaluation.ranks import gathered, join_ranks, rank, share_of_rank, wait_for_ranks
 from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.evaluation.suite import NEEDLE, NeedleTable
 from mobilellm_pro.evaluation.text_model import Ending, Sampling, StudentModel, TextModel
@@ -64,10 +63,6 @@ class HarnessModel(TemplateLM):
             )
         self._model, self._text = model, tokenizer
         self.max_length = max_length or model.max_tokens
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._device = torch.device("cpu")  # of the results that ranks exchange
-        self._chat = False
 
     @property
     def eot_token_id(self) -> int:
@@ -86,14 +81,12 @@ class HarnessModel(TemplateLM):
 
     def write_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer for `transformers`, with which RULER's tasks count tokens."""
-        if self.rank == 0:
+        if rank() == 0:
             write_hugging_face_tokenizer(self._text, folder, max_tokens=self.max_length)
-        if self.world_size > 1:
-            self.barrier()
+        wait_for_ranks()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text, in the format of Llama 4, whose special names are then special tokens."""
-        self._chat = True
         turns = [_turn(message["role"]) + message["content"] + EOT for message in chat_history]
         if add_generation_prompt:
             return BOS + "".join(turns) + _turn("assistant")
@@ -102,14 +95,17 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, with begin of text in front unless that is written there or not wanted.
 
-        Special names in it are text, but in a conversation they are the tokens.
+        Special names in it are text, but in a conversation, which begins with a turn's header, they are the tokens.
         """
         written = add_special_tokens is None and string.startswith(BOS)
         ids = [self._text.bos_id] if written or add_special_tokens is not False else []
-        for part in _SPECIAL.split(string.removeprefix(BOS) if written else string) if self._chat else ():
+        rest = string.removeprefix(BOS) if written else string
+        if not rest.startswith(HEADER_START):
+            return ids + self._text.encode(rest)
+        for part in _SPECIAL.split(rest):
             special = self._text.special_ids.get(part)
             ids += self._text.encode(part) if special is None else [special]
-        return ids if self._chat else ids + self._text.encode(string.removeprefix(BOS) if written else string)
+        return ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both, cut where the context's end; of what the tokenizer made one token, each on its own."""
@@ -122,10 +118,17 @@ class HarnessModel(TemplateLM):
         """Scores of (texts or None, ids of a context, ids of what comes after it)."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         endings = [self._ending(context, continuation) for _, context, continuation in requests]
-        for number, score in self._progress(self._model.scores(endings), len(endings), "likelihoods", disable_tqdm):
-            results[number] = score.log_likelihood, score.is_greedy
+        order = sorted(range(len(endings)), key=lambda number: endings[number].ids)  # what begins alike stays together
+        own = share_of_rank(order, [len(ending.ids) for ending in endings])
+        scores = self._model.scores([endings[number] for number in own])
+        found = {}
+        for place, score in self._progress(scores, len(own), "likelihoods", disable_tqdm):
+            number = own[place]
+            found[number] = score.log_likelihood, score.is_greedy
             if requests[number][0] is not None:  # a part of a rolling text has no request of its own
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+        for number, result in gathered(found).items():
+            results[number] = result
         return results
 
     def _ending(self, context: list[int], continuation: list[int]) -> Ending:
@@ -160,13 +163,17 @@ class HarnessModel(TemplateLM):
             stops = handle_stop_sequences(options.pop("until", None), eos=EOS)
             sampling = self._sampling(options)
             room = self.max_length - sampling.max_new_tokens
-            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            found = self._model.continuations(prompts, sampling, self._stop_test(stops))
-            for place, ids in self._progress(found, len(numbers), "continuations", disable_tqdm):
-                text = self._decode(ids)
-                number = numbers[place]
-                results[number] = postprocess_generated_text(text, stops, None)
-                self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
+            prompts = {number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers}
+            order = sorted(numbers, key=lambda number: len(prompts[number]))
+            own = share_of_rank(order, {number: sampling.max_new_tokens + len(ids) for number, ids in prompts.items()})
+            new = self._model.continuations([prompts[number] for number in own], sampling, self._stop_test(stops))
+            found = {}
+            for place, ids in self._progress(new, len(own), "continuations", disable_tqdm):
+                number = own[place]
+                found[number] = postprocess_generated_text(self._decode(ids), stops, None)
+                self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
+            for number, text in gathered(found).items():
+                results[number] = text
         return results
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
@@ -200,7 +207,7 @@ class HarnessModel(TemplateLM):
         return self._text.decode([token for token in ids if token < special])
 
     def _progress(self, items: Any, total: int, what: str, silent: bool) -> Any:
-        return tqdm(items, total=total, desc=what, disable=True if silent or self.rank else None)
+        return tqdm(items, total=total, desc=what, disable=True if silent or rank() else None)
 
     def needle(self, settings: NeedleTable, metric: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
         """This project's needle test, in the form of lm-eval's results; a collective of all ranks.
@@ -247,24 +254,6 @@ class HarnessModel(TemplateLM):
         ]
         return scores, {NEEDLE: documents}
 
-    # What lm-eval needs of several ranks.
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[...] of this rank -> [ranks, ...]."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, tensor)
-        return torch.stack(gathered)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Objects of all ranks on `dst`, None elsewhere."""
-        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, gathered, dst=dst)
-        return gathered
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        dist.barrier()
-
 
 @register_model("mobilellm_pro")
 class CheckpointModel(HarnessModel):
@@ -301,12 +290,14 @@ class CheckpointModel(HarnessModel):
         """
         if unknown := {key: value for key, value in unknown.items() if key != "max_batch_size"}:
             raise ValueError(f"model_args {', '.join(unknown)}: unknown; {CheckpointModel.__init__.__doc__}")
-        _join_ranks()
+        join_ranks()
         if device == "cuda:0":  # from lm-eval's command line where nobody has chosen one
             device = None
         folder = Path(checkpoint)
         model: TextModel
         if (folder / PROGRAM_FILE).is_file():
+            if given := [name for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None]:
+                raise ValueError(f"{checkpoint}: a program has its own arithmetic; leave out {', '.join(given)}")
             model, own = ProgramModel(folder), str(folder / "tokenizer.model")
         else:
             loaded = load_student(checkpoint, dtype, device, quantize)
@@ -318,12 +309,6 @@ class CheckpointModel(HarnessModel):
 
 def _turn(role: str) -> str:
     return f"{HEADER_START}{role}{HEADER_END}\n\n"
-
-
-def _join_ranks() -> None:
-    """Joins the ranks of torchrun; they exchange results only, so gloo will do on a GPU too."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
 
 
 def _alike(requests: Sequence[Instance]) -> list[tuple[dict[str, Any], list[int]]]:

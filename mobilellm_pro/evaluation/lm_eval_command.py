@@ -1,7 +1,8 @@
 """lm-eval's own command line with our model in it: `mobilellm-pro-lm-eval --model mobilellm_pro --model_args ...`.
 
 lm-eval knows models by a registry that a model enters when its module is imported, and imports none but its own; so a
-command that does so stands before its own. All of its options are there, its `--tasks` include this project's.
+command that does so stands before its own. All of its options are there; this project's
+tasks are, unless another `--include_path` is given.
 """
 
 import sys
@@ -15,7 +16,7 @@ def main() -> None:
 
     import mobilellm_pro.evaluation.harness_model  # noqa: F401  # registers itself
 
-    if "--include_path" not in sys.argv and len(sys.argv) > 1:
+    if len(sys.argv) > 1 and not any(word.startswith("--include_path") for word in sys.argv):
         sys.argv += ["--include_path", str(OWN_TASKS)]
     cli_evaluate()
 

@@ -133,7 +133,8 @@ def load_suite(path: str | Path) -> Suite:
         below, more = _read(path.parent / base)
         if "base" in below:
             more.append(Problem(str(path.parent / base), "base", "a base of a base", "one level"))
-        values, problems = below | values, problems + more
+        tables = {key: below.get(key, {}) | values.get(key, {}) for key in ("needle", "ruler")}
+        values, problems = below | values | tables, problems + more
     values["needle"] = NeedleTable(**values.get("needle", {}))
     values["ruler"] = RulerTable(**values.get("ruler", {}))
     suite = Suite(**values)
@@ -141,6 +142,12 @@ def load_suite(path: str | Path) -> Suite:
     if problems:
         raise ConfigError(str(path), problems)
     return suite
+
+
+def check_suite(suite: Suite, source: str) -> None:
+    """A suite whose keys were changed after it was read; raises ConfigError with all its problems."""
+    if problems := list(_problems(suite, source)):
+        raise ConfigError(source, problems)
 
 
 def _read(path: Path) -> tuple[dict, list[Problem]]:
@@ -161,6 +168,8 @@ def _problems(suite: Suite, source: str) -> Iterator[Problem]:
     for key, task in wanted:
         if task not in tasks:
             yield Problem(source, key, f'"{task}"', "the task of a [[column]]", nearest_name(task, tasks))
+    if len(suite.ruler.lengths) != 1:
+        yield Problem(source, "ruler.lengths", str(suite.ruler.lengths), "one length, which is also the metric's name")
     if suite.limit < 0:
         yield Problem(source, "limit", str(suite.limit), "a number of documents, or 0 for all")
     numbers = {"max_length": suite.max_length, "needle.depths": suite.needle.depths}

@@ -6,19 +6,17 @@ what `evaluate` writes.
 
 import contextlib
 import io
-import json
 import shutil
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from mobilellm_pro.config.job_config import Evaluation
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.evaluate import check_tasks, evaluate_columns, task_manager
-from mobilellm_pro.evaluation.evaluation_folder import DONE, RESULTS, write_results
+from mobilellm_pro.evaluation.evaluation_folder import DONE, write_results
+from mobilellm_pro.evaluation.ranks import gathered, rank, wait_for_ranks
 from mobilellm_pro.evaluation.suite import Suite, load_suite
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
@@ -79,19 +77,18 @@ class OnlineSuite:
         from mobilellm_pro.evaluation.harness_model import HarnessModel
 
         folder = self._folder / f"step-{step}"
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if first:
+        if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a test that was stopped
+        wait_for_ranks()
         adapter = HarnessModel(
             StudentModel(model, self._max_tokens), Tokenizer.load(self._tokenizer), self._suite.max_length
         )
         with contextlib.redirect_stdout(io.StringIO()):
             evaluate_columns(self._suite, self._suite.columns, adapter, self._manager, folder)
-            if first:
-                record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit or None}
-                write_results(folder, self._suite, record)
-        if dist.is_initialized():
-            dist.barrier()
-        results = json.loads((folder / RESULTS).read_text())
-        scores = {task: 100 * column["score"] for task, column in results["columns"].items()}
-        return scores | {name: 100 * average["score"] for name, average in results["averages"].items()}
+        scores: dict[str, float] = {}
+        if rank() == 0:
+            record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit or None}
+            results = write_results(folder, self._suite, record)
+            for part in ("columns", "averages"):
+                scores |= {name: 100 * one["score"] for name, one in results[part].items()}
+        return gathered({0: scores} if rank() == 0 else {})[0]
