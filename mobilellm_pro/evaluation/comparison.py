@@ -17,13 +17,14 @@ import numpy as np
 from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.evaluation.comparison_plot import MIN_AXES, radar
 from mobilellm_pro.evaluation.paired_difference import holm, mean_error, paired_difference
-from mobilellm_pro.evaluation.published_scores import MODELS, NEEDLE, SCORES
+from mobilellm_pro.evaluation.published_scores import MODELS, QUANTIZED_MODELS, published
 from mobilellm_pro.evaluation.scored_documents import Column, Evaluation, ScoredDocument, read_evaluation
 from mobilellm_pro.static_page import Section, html_page, paragraph, picture, table
 
 NAME, RADAR = "comparison", "radar.png"
+_PUBLISHED_MODELS = (*MODELS, *QUANTIZED_MODELS)
 INSTRUCT = "instruct"
-"""The suite of instruction-tuned models: it has a radar chart, and no published scores, which are of base models."""
+"""The suite of instruction-tuned models: it has a radar chart, and published scores of its own."""
 
 ALPHA = 0.05
 _SAME = 1e-6  # a column's score is the mean of its documents' up to rounding, or it is another measure
@@ -104,14 +105,13 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
 def _column_record(key: str, evaluations: Mapping[str, Evaluation], suite: str) -> dict[str, Any]:
     found = {name: one.columns[key] for name, one in evaluations.items()}
     column: Column = next(iter(found.values()))
-    _, published = {**SCORES, "needle": NEEDLE}.get(key, ("", ())) if suite != INSTRUCT else ("", ())
     return {
         "name": column.name,
         "metric": column.metric,
         "shots": column.shots,
         "documents": column.documents,
         "scores": {name: {"score": one.score, "stderr": one.stderr} for name, one in found.items()},
-        "published": {model: score / 100 for model, score in zip(MODELS, published) if score is not None},
+        "published": {model: score / 100 for model, score in published(suite, key).items()},
         "differences": {},
     }
 
@@ -133,9 +133,9 @@ def _average_record(name: str, evaluations: Mapping[str, Evaluation], columns: M
         }
         for model in others
     }
-    complete = [model for model in MODELS if all(model in one for one in shown)]
-    published = {model: sum(one[model] for one in shown) / len(keys) for model in complete}
-    return {"columns": list(keys), "scores": scores, "published": published, "differences": differences}
+    complete = [model for model in _PUBLISHED_MODELS if all(model in one for one in shown)]
+    means = {model: sum(one[model] for one in shown) / len(keys) for model in complete}
+    return {"columns": list(keys), "scores": scores, "published": means, "differences": differences}
 
 
 def _other_measures(evaluations: Mapping[str, Evaluation], scores: Mapping[str, list[np.ndarray]]) -> Iterator[str]:
@@ -212,16 +212,17 @@ def _other_documents(
 def scores_table(record: Mapping[str, Any]) -> Table:
     """Header and rows: columns of the suite, then averages; percent."""
     others, models = list(record["models"])[1:], list(record["models"])
-    published = [model for model in MODELS if any(model in one["published"] for one in record["columns"].values())]
+    columns = record["columns"].values()
+    beside = [model for model in _PUBLISHED_MODELS if any(model in one["published"] for one in columns)]
     header = ["task", "metric", "shots", *models, *(f"{other} − {record['first']}" for other in others)]
-    header += [f"{model} (published)" for model in published]
+    header += [f"{model} (published)" for model in beside]
     rows: list[list[str | None]] = []
     for key, one in [*record["columns"].items(), *record["averages"].items()]:
         shots = one.get("shots")
         row = [one.get("name", key), one.get("metric"), None if shots is None else str(shots)]
         row += [percent(one["scores"][model]["score"], one["scores"][model]["stderr"]) for model in models]
         row += [_difference(one["differences"][other]) for other in others]
-        rows.append([*row, *(percent(one["published"].get(model)) for model in published)])
+        rows.append([*row, *(percent(one["published"].get(model)) for model in beside)])
     return header, rows
 
 
@@ -253,7 +254,8 @@ def _legend(record: Mapping[str, Any]) -> list[str]:
         "Averages are not tested; their standard errors count the columns as independent."
     ]
     if any(one["published"] for one in record["columns"].values()):
-        said.append("Published: Table 4 of the technical report, whose shots and metrics may differ.")
+        tables = "Table 7" if record["suite"] == INSTRUCT else "Tables 4 and 5"
+        said.append(f"Published: {tables} of the technical report, whose shots and metrics may differ.")
     return [*said, *record["notes"]]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mobilellm_pro.evaluation import paired_difference as paired
 from mobilellm_pro.evaluation.comparison import compare_evaluations, model_names
 from mobilellm_pro.evaluation.comparison_plot import radar
-from mobilellm_pro.evaluation.published_scores import MODELS, SCORES
+from mobilellm_pro.evaluation.published_scores import MODELS, QUANTIZED_MODELS, SCORES
 from mobilellm_pro.evaluation.scored_documents import read_evaluation
 
 NAMES = {"hellaswag": "HellaSwag", "boolq": "BoolQ", "mmlu": "MMLU"}
@@ -100,10 +100,10 @@ def test_the_pages_say_the_same(folders: list[Path], tmp_path: Path) -> None:
     compare_evaluations(folders, tmp_path / "out")
     markdown, page = ((tmp_path / "out" / name).read_text() for name in ("comparison.md", "comparison.html"))
     row = next(line for line in markdown.splitlines() if line.startswith("| HellaSwag"))
-    scores = "50.00 ± 8.01 | 70.00 ± 7.34 | +20.00 ± 6.41 * | 67.11 | 62.30 | 65.69"
+    scores = "50.00 ± 8.01 | 70.00 ± 7.34 | +20.00 ± 6.41 * | 67.11 | 62.30 | 65.69 | 64.89 | 65.10"
     assert row == f"| HellaSwag | acc,none | 0 | {scores} |"
     header = next(line for line in markdown.splitlines() if line.startswith("| task | metric"))
-    assert header.count("(published)") == 3 and "two − one" in header
+    assert header.count("(published)") == 5 and "two − one" in header
     assert "| BoolQ | two | 20 | +0.00 ± 16.22 | 1 | 1 | mcnemar |" in markdown
     for text in ("+20.00 ± 6.41 *", "67.11", "outputs/two", "<h2>Tests against one</h2>"):
         assert text in page
@@ -142,14 +142,17 @@ def test_a_score_that_is_no_mean_is_noted(folders: list[Path], tmp_path: Path) -
     assert notes[0] in (tmp_path / "out/comparison.html").read_text().replace("&#x27;", "'")
 
 
-def test_instruct_has_a_radar_and_nothing_published(tmp_path: Path) -> None:
+def test_instruct_has_a_radar_and_scores_of_its_own(tmp_path: Path) -> None:
     columns = {key: [1.0, 0.0, 1.0] for key in ("hellaswag", "boolq", "mmlu")}
     folders = [write_evaluation(tmp_path / name, columns, suite="instruct") for name in "ab"]
     record = compare_evaluations(folders, tmp_path / "out")
     image = (tmp_path / "out/radar.png").read_bytes()
     assert image.startswith(b"\x89PNG") and min(struct.unpack(">II", image[16:24])) > 300
     assert "data:image/png;base64," in (tmp_path / "out/comparison.html").read_text()
-    assert not any(one["published"] for one in record["columns"].values())
+    published = {key: one["published"] for key, one in record["columns"].items()}
+    assert published["hellaswag"] == {MODELS[0]: pytest.approx(0.584), MODELS[2]: pytest.approx(0.412)}
+    assert len(published["mmlu"]) == 3 and published["boolq"] == {}
+    assert "Table 7 of the technical report" in (tmp_path / "out/comparison.md").read_text()
     few = {key: columns[key] for key in ("hellaswag", "boolq")}
     folders = [write_evaluation(tmp_path / name, few, suite="instruct") for name in "cd"]
     compare_evaluations(folders, tmp_path / "few")
@@ -244,7 +247,8 @@ def test_damaged_samples_are_named(folders: list[Path], tmp_path: Path) -> None:
 def test_the_needle_test_has_published_scores(tmp_path: Path) -> None:
     folders = [write_evaluation(tmp_path / name, {"needle": [1.0, 0.0]}, suite="long") for name in "ab"]
     record = compare_evaluations(folders, tmp_path / "out")
-    assert record["columns"]["needle"]["published"] == {MODELS[0]: 1.0, MODELS[2]: 0.968}
+    expected = {MODELS[0]: 1.0, MODELS[2]: 0.968, **dict(zip(QUANTIZED_MODELS, (0.9644, 0.9867), strict=True))}
+    assert record["columns"]["needle"]["published"] == pytest.approx(expected)
 
 
 def test_names_are_the_shortest_that_differ() -> None:
