@@ -8,7 +8,7 @@ import torch
 from mobilellm_pro.convert.packed_folder import is_packed, load_packed_student
 from mobilellm_pro.convert.quantized_model import quantize_student
 from mobilellm_pro.convert.unpacked_student import unpacked_student
-from mobilellm_pro.model.checkpoint import load_model
+from mobilellm_pro.model.checkpoint import find_checkpoint, load_model
 from mobilellm_pro.model.student import Student
 
 
@@ -47,18 +47,28 @@ def load_student(
     device = device or own
     if is_packed(checkpoint):
         model, tokenizer, max_tokens = load_packed_student(checkpoint, dtype=dtype)
-        model.to(device)
+        scheme = None
     else:
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        # What is rounded to few bits now must be the weight itself, not the weight rounded before.
-        read_as = dtype if quantize is None else "float32"
-        model, tokenizer, max_tokens = load_model(checkpoint, read_as, device if quantize is None else "cpu")
+        scheme = quantize or _trained_scheme(checkpoint)
+        # What is rounded to few bits must be the weight itself, not the weight rounded to fewer digits before.
+        read = (dtype, device) if scheme is None else ("float32", "cpu")
+        model, tokenizer, max_tokens = load_model(checkpoint, *read)
     if not isinstance(model, Student):
         raise ValueError(f"{checkpoint}: a {type(model).__name__.lower()}; only students have a KV cache")
     if quantize is not None and model.quantization is not None:
         raise ValueError(f"{checkpoint}: quantized already, scheme {model.quantization.name}; leave out --quantize")
-    if quantize is not None:
-        rounded = quantize_student(model, quantize, tokenizer, max_tokens)
-        model = unpacked_student(rounded, dtype=dtype).to(device)
+    if scheme is not None:  # multiplied out once, where training rounds in every step
+        model = unpacked_student(quantize_student(model, scheme, tokenizer, max_tokens), dtype=dtype)
+    model.to(device)
     kept = str(model.norm.weight.dtype).removeprefix("torch.")
     return LoadedStudent(model, tokenizer, max_tokens, device, kept)
+
+
+def _trained_scheme(checkpoint: str) -> str | None:
+    """That a run's checkpoint was quantized with while it trained."""
+    try:
+        scheme = find_checkpoint(checkpoint).config.quantization.scheme
+    except FileNotFoundError:  # no run's; what is wrong with it, its reader says
+        return None
+    return None if scheme == "none" else scheme

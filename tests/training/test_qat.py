@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mobilellm_pro.config import load
+from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.model.checkpoint import latest_checkpoint, load_model
 from mobilellm_pro.model.quantized_modules import is_range
 from mobilellm_pro.model.stored_parameters import StoredParameters
@@ -107,6 +108,14 @@ def test_a_loaded_checkpoint_computes_as_it_was_trained(one_rank: dict[str, Path
     torch.testing.assert_close(pieces, model(tokens), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match='trained for a cache in int8; got one of type "model"'):
         model(tokens, cache=KVCache(40))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_evaluations_multiply_out_what_training_rounds(one_rank: dict[str, Path], scheme: str) -> None:
+    trained, evaluated = load_model(one_rank[scheme]).model, load_student(str(one_rank[scheme])).model
+    tokens = torch.randint(4096, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(trained(tokens), evaluated(tokens))
+    assert not any(is_range(name) for name, _ in evaluated.named_parameters())
 
 
 @pytest.mark.parametrize(
