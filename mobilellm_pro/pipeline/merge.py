@@ -42,6 +42,7 @@ from mobilellm_pro.pipeline.merge_inputs import MergeInputs, open_inputs, settin
 from mobilellm_pro.pipeline.merge_plan import MergePlan, load_merge_plan
 from mobilellm_pro.pipeline.merge_report import SCORES, barriers, row_names, table, warnings_of, weight_rows
 from mobilellm_pro.pipeline.merge_score import DomainText, ScoringModel, TeacherKL, bits_per_byte, mean, read_text
+from mobilellm_pro.pipeline.merge_suite import SuiteErrors
 
 CANDIDATES, TESTS, RESULT, TABLE, PICTURE = "candidates.jsonl", "tests.jsonl", "merge.json", "merge.md", "search.png"
 CHECKPOINT, HUGGING_FACE = "checkpoint", "hugging_face"
@@ -131,6 +132,8 @@ class _Merge:
         measure: Callable[..., dict[str, float]] = bits_per_byte
         if plan.search.objective == "kl":
             measure = TeacherKL(plan.job, self.device)
+        elif plan.search.objective == "suite":
+            measure = SuiteErrors(plan.search.suite, self.inputs.tokenizer, plan.job.training.seq_len)
         parent = self.log.recall({"model": "parent"}, lambda: self._scored(self.parent.read, text, measure))
         number = 0
 

@@ -29,6 +29,7 @@ from mobilellm_pro.config.overrides import SOURCE as COMMAND_LINE
 from mobilellm_pro.config.table_arrays import missing_or_repeated
 from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
+from mobilellm_pro.evaluation.suite import load_suite
 from mobilellm_pro.merging.weight_search import SearchSettings, fewest_scores
 from mobilellm_pro.merging.weighted_average import LayerGroups
 from mobilellm_pro.pipeline.merge_tables import (
@@ -204,6 +205,13 @@ def _range_problems(file: MergeTable, source: str) -> Iterator[Problem]:
     for key, value, fits, expected in ranges:
         if not fits:
             yield Problem(source, key, str(value), expected)
+    if (search.objective == "suite") != bool(search.suite):
+        yield Problem(source, "search.suite", f'"{search.suite}"', 'a TOML file with objective "suite", else nothing')
+    if search.suite:
+        try:
+            load_suite(search.suite)
+        except ConfigError as error:
+            yield from error.problems
     if search.method == "nelder_mead" and find_spec("scipy") is None:
         yield Problem(source, "search.method", '"nelder_mead"', "scipy (the extra `merge` of this package), or another")
     try:

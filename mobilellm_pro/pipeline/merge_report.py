@@ -10,7 +10,7 @@ from mobilellm_pro.merging.drift import barrier
 from mobilellm_pro.merging.weight_search import ALONE, LINE, UNIFORM, Candidate, line_shares
 from mobilellm_pro.pipeline.merge_plan import MergePlan
 
-SCORES = {"bits_per_byte": "bits per byte", "kl": "KL from the teacher, nats a token"}
+SCORES = {"bits_per_byte": "bits per byte", "kl": "KL from the teacher, nats a token", "suite": "1 - score"}
 PRE_ANNEAL = "pre-anneal"
 
 

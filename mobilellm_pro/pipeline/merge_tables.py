@@ -43,9 +43,14 @@ class SearchTable:
     """`given`: those of the branches; `uniform`: all alike; else uniform, every branch alone, a greedy soup and random
     weights, and from the best of these by coordinate steps, Nelder-Mead or CMA-ES."""
 
-    objective: Literal["bits_per_byte", "kl"] = "bits_per_byte"
-    """What is minimised, the mean over the domains, on their part "dev": bits per byte, or the KL from the job's
-    teacher, in nats a token. The teacher runs once, in one process."""
+    objective: Literal["bits_per_byte", "kl", "suite"] = "bits_per_byte"
+    """What is minimised: the mean over the domains, on their part "dev", of bits per byte or of the KL from the job's
+    teacher, in nats a token (the teacher runs once, in one process); or the mean of 1 - score over a suite's columns.
+    """
+
+    suite: str = ""
+    """TOML file of lm-eval tasks for objective "suite". Its documents should be none that a report uses, as those of
+    training parts, and many: scores move in steps of a document."""
 
     budget: int = 60
     """Candidates that are scored."""

@@ -5,19 +5,28 @@ import math
 import shutil
 from pathlib import Path
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from mobilellm_pro.__main__ import main
 from mobilellm_pro.config import ConfigError, JobError, load
 from mobilellm_pro.convert.conversion import convert
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.generate import generate
+from mobilellm_pro.evaluation.harness_model import HarnessModel
 from mobilellm_pro.evaluation.held_out import held_out
+from mobilellm_pro.evaluation.local_datasets import local_datasets
+from mobilellm_pro.evaluation.student_checkpoint import load_student
+from mobilellm_pro.evaluation.suite import load_suite
+from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint, load_model
 from mobilellm_pro.model.registry import model_on_meta
 from mobilellm_pro.pipeline import merge as merge_module
+from mobilellm_pro.pipeline import merge_suite
 from mobilellm_pro.pipeline.merge import merge
 from mobilellm_pro.pipeline.merge_plan import load_merge_plan
 from mobilellm_pro.pipeline.merge_score import bits_per_byte, pack, read_text
@@ -174,6 +183,23 @@ def _no_space(*args: object) -> None:
     raise OSError("no space")
 
 
+SUITE = f"""
+name = "dev"
+data = "{Path(__file__).parents[1] / "assets/evaluation_data"}"
+limit = 8
+[[column]]
+task = "piqa"
+name = "PIQA"
+metric = "acc"
+shots = 0
+[[column]]
+task = "openbookqa"
+name = "OBQA"
+metric = "acc"
+shots = 0
+"""
+
+
 def test_groups_of_layers_and_the_kl_to_a_teacher(specialists: Specialists, world: SmallWorld, tmp_path: Path):
     file = specialists.file(
         tmp_path / "groups.toml",
@@ -189,6 +215,31 @@ def test_groups_of_layers_and_the_kl_to_a_teacher(specialists: Specialists, worl
     assert any(c["weights"][0] != c["weights"][1] for c in candidates[1:]), "groups were searched"
     truth = _kl(specialists, world, tmp_path / "merged", result["domains"])
     assert result["dev_score"] == pytest.approx(truth, rel=1e-4)
+
+
+def test_a_suite_of_tasks_as_objective(specialists: Specialists, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    suite = tmp_path / "suite.toml"
+    suite.write_text(SUITE)
+    file = specialists.file(
+        tmp_path / "suite_merge.toml", ("[search]", f'[search]\nobjective = "suite"\nsuite = "{suite}"')
+    )
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    manager = TaskManager(include_defaults=False, include_path=[str(tasks / "piqa"), str(tasks / "openbookqa")])
+    monkeypatch.setattr(merge_suite, "task_manager", lambda suite, folder: manager)
+    result = merge(str(file), output=str(tmp_path / "merged"))
+    assert result is not None and result["score"] == "1 - score"
+    candidates = [json.loads(line) for line in (tmp_path / "merged/candidates.jsonl").read_text().splitlines()]
+    assert all(set(c["by_domain"]) == {"piqa", "openbookqa"} for c in candidates)
+    assert result["dev_score"] == min(c["score"] for c in candidates if "weights" in c)
+    # The same as `evaluate` says of the merged checkpoint.
+    loaded = load_student(str(tmp_path / "merged"))
+    with local_datasets(load_suite(suite).data):
+        found = simple_evaluate(
+            HarnessModel(StudentModel(loaded.model, 64), Tokenizer.load(loaded.tokenizer)),
+            tasks=["piqa", "openbookqa"], num_fewshot=0, limit=8, task_manager=manager, bootstrap_iters=0,
+        )["results"]  # fmt: skip
+    mean = (found["piqa"]["acc,none"] + found["openbookqa"]["acc,none"]) / 2
+    assert result["dev_score"] == pytest.approx(1 - mean)
 
 
 def _kl(specialists: Specialists, world: SmallWorld, checkpoint: Path, domains: list[str]) -> float:
