@@ -113,5 +113,5 @@ for name in {names!r}:
         print(name, traceback.format_exc(limit=-3), sep="\\n")
 sys.exit(failed)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
