@@ -156,7 +156,7 @@ class Tokenizer:
         ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
         return ordinary + [name.encode() for name in self.special_ids]
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Special tokens that end a continuation: of the text, of a turn, of a message."""
         return tuple(self.special_ids[name] for name in STOPS if name in self.special_ids)

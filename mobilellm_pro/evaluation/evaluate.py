@@ -12,40 +12,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mobilellm_pro.data.claimed_file import agree_on_settings
 from mobilellm_pro.evaluation.comparison import compare_evaluations
-from mobilellm_pro.evaluation.evaluation_folder import (
-    DONE,
-    RESULTS,
-    SETTINGS,
-    TABLE,
-    task_file,
-    write_results,
-    write_task,
-)
-from mobilellm_pro.evaluation.local_datasets import local_datasets
-from mobilellm_pro.evaluation.ranks import join_ranks, rank, wait_for_ranks, world_size
-from mobilellm_pro.evaluation.suite import NEEDLE, Column, Suite, check_suite, load_suite
+from mobilellm_pro.evaluation.evaluation_folder import DONE, RESULTS, SETTINGS, TABLE, task_file, write_results
+from mobilellm_pro.evaluation.ranks import join_ranks, wait_for_ranks, world_size
+from mobilellm_pro.evaluation.suite import Suite, check_suite, load_suite
+from mobilellm_pro.evaluation.suite_run import check_tasks, evaluate_columns, task_manager
 from mobilellm_pro.model.checkpoint import find_checkpoint
 from mobilellm_pro.training.run_folder import describe_environment
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-
-    from mobilellm_pro.evaluation.harness_model import HarnessModel
-
-OWN_TASKS = Path(__file__).parent / "tasks"
-"""Definitions of tasks that the harness lacks."""
-
-_TOKENIZER = "tokenizer"
-_BOOTSTRAP = 1000
-"""Draws for the standard error of a metric that is no mean."""
 
 
 def evaluate(
@@ -112,14 +91,16 @@ def evaluate(
     if not (folder / DONE).is_file():
         from mobilellm_pro.evaluation.harness_model import CheckpointModel  # imports lm-eval
 
-        manager = task_manager(chosen, folder)
-        check_tasks(chosen, suite, manager.all_tasks, allow_code)
         model = CheckpointModel(checkpoint, max_length=chosen.max_length, tree_tokens=tree_tokens, batch_size=batch,
                                 dtype=dtype, device=device, quantize=quantize)  # fmt: skip
+        manager = task_manager(chosen, folder)
+        check_tasks(chosen, suite, manager, model.max_length, allow_code=allow_code)
         _agree(folder, settings, begin=True)
         todo = [column for column in chosen.columns if not task_file(folder, column.task).is_file()]
         wait_for_ranks()  # every one has seen the same files
-        evaluate_columns(chosen, todo, model, manager, folder, allow_code)
+        # A rank's answers alone are not what all ranks would go on from.
+        answers = folder / "responses" if world_size() == 1 else None
+        evaluate_columns(chosen, todo, model, manager, folder, allow_code=allow_code, answers=answers)
         if number == 0:
             write_results(folder, chosen, _record(settings, begin))
     if number:
@@ -159,103 +140,3 @@ def _record(settings: dict[str, Any], begin: float) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if key != "columns"}
     kept["limit"] = kept["limit"] or None
     return {**kept, "seconds": round(time.monotonic() - begin, 1), "environment": environment}
-
-
-def check_tasks(suite: Suite, source: str, known: Sequence[str], allow_code: bool) -> None:
-    """Looks for all of a suite's tasks before the first one is run.
-
-    Args:
-        suite: that will be run.
-        source: its file.
-        known: names of tasks.
-        allow_code: whether programs that the model writes may be run.
-
-    Raises:
-        ValueError: tasks that nobody knows, or that run code although that is not allowed.
-    """
-    tasks = [column.task for column in suite.columns if column.task != NEEDLE]
-    unknown = [task for task in tasks if task not in known]
-    if unknown:
-        raise ValueError(
-            f"{source}: task {', '.join(unknown)}: lm-eval {importlib.metadata.version('lm-eval')} has none of that "
-            "name, nor has this project; see `lm_eval ls tasks`"
-        )
-    outside = [task for task in tasks if task.startswith(("humaneval", "mbpp")) and not task.endswith("_sandboxed")]
-    if outside:
-        names = ", ".join(outside)
-        raise ValueError(f"{source}: {names} would run programs without limits; this project's end with _sandboxed")
-    running = [task for task in tasks if task.endswith("_sandboxed")]
-    if running and not allow_code:
-        raise ValueError(
-            f"{source}: {', '.join(running)} run programs that the model writes, in a subprocess with limits but on "
-            "this machine; say --allow-code, or leave them out with --only"
-        )
-
-
-def task_manager(suite: Suite, folder: Path) -> "TaskManager":
-    """lm-eval's, with this project's tasks; it reads every definition that it has, which takes seconds.
-
-    Args:
-        suite: whose tasks will be asked for.
-        folder: of the evaluation, where tasks that count tokens will find the tokenizer.
-    """
-    from lm_eval.tasks import TaskManager
-
-    metadata = {"max_seq_lengths": suite.ruler.lengths, "tokenizer": str(folder / _TOKENIZER)}
-    return TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
-
-
-def evaluate_columns(
-    suite: Suite,
-    columns: Sequence[Column],
-    model: "HarnessModel",
-    manager: "TaskManager",
-    folder: Path,
-    allow_code: bool = False,
-) -> None:
-    """Evaluates tasks one after another, and writes each as soon as it is finished; a collective of the model's ranks.
-
-    Args:
-        suite: with its settings.
-        columns: of the suite.
-        model: to evaluate.
-        manager: from `task_manager`.
-        folder: to write to, on the first rank.
-        allow_code: run programs that the model writes.
-    """
-    from lm_eval import simple_evaluate
-
-    if any(column.task.startswith("niah") for column in columns):
-        model.write_tokenizer(Path((manager.metadata or {})["tokenizer"]))
-    for number, column in enumerate(columns):
-        if rank() == 0:
-            print(f"{column.task}: {number + 1} of {len(columns)}", flush=True)
-        if column.task == NEEDLE:
-            scores, samples = model.needle(suite.needle, column.metric)
-        else:
-            # A rank's answers alone are not what all ranks would go on from.
-            responses = None if world_size() > 1 else str(folder / "responses" / column.task)
-            with local_datasets(suite.data):
-                found = simple_evaluate(
-                    model=model,
-                    tasks=[column.task],
-                    num_fewshot=column.shots,
-                    limit=suite.limit or None,
-                    use_cache=responses,
-                    bootstrap_iters=_BOOTSTRAP,
-                    apply_chat_template=suite.chat,
-                    task_manager=manager,
-                    random_seed=suite.seed,
-                    numpy_random_seed=suite.seed,
-                    torch_random_seed=suite.seed,
-                    fewshot_random_seed=suite.seed,
-                    confirm_run_unsafe_code=allow_code,
-                )
-            if found is None:  # on all but the first rank of each node
-                continue
-            scores = {key: found[key] for key in ("results", "n-shot", "n-samples", "versions")}
-            samples = found["samples"]
-        if rank() == 0:
-            write_task(folder, column, scores, samples)
-    if rank() == 0:
-        shutil.rmtree(folder / "responses", ignore_errors=True)

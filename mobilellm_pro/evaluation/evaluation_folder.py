@@ -18,7 +18,7 @@ from typing import Any
 from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.evaluation.suite import Column, Suite
 
-SETTINGS, RESULTS, TABLE, DONE = "settings.json", "results.json", "results.md", "DONE"
+SETTINGS, RESULTS, TABLE, SAMPLES, DONE = "settings.json", "results.json", "results.md", "samples", "DONE"
 
 
 def task_file(folder: Path, task: str) -> Path:
@@ -38,7 +38,7 @@ def write_task(folder: Path, column: Column, scores: Mapping[str, Any], samples:
     Raises:
         ValueError: the task has no such metric.
     """
-    for name in ("tasks", "samples"):
+    for name in ("tasks", SAMPLES):
         (folder / name).mkdir(parents=True, exist_ok=True)
     key = metric_key(column, scores["results"][column.task])
     lines = [
@@ -46,7 +46,7 @@ def write_task(folder: Path, column: Column, scores: Mapping[str, Any], samples:
             _sample(task, document, key) for task, found in samples.items() for document in found
         ) if line is not None
     ]  # fmt: skip
-    write_atomically(folder / "samples" / f"{column.task}.jsonl", "".join(lines))
+    write_atomically(folder / SAMPLES / f"{column.task}.jsonl", "".join(lines))
     write_atomically(task_file(folder, column.task), json.dumps(scores, indent=2) + "\n")
 
 

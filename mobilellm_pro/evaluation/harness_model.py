@@ -6,7 +6,6 @@ give the same numbers. Under torchrun every rank holds the model and answers its
 itself sees one process, so that its prompts do not depend on the number of ranks.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,20 +22,15 @@ from mobilellm_pro.convert.executorch_runtime import PROGRAM_FILE
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.special_tokens import BOS, EOS, EOT, HEADER_END, HEADER_START
 from mobilellm_pro.data.tokenizer import Tokenizer
-from mobilellm_pro.evaluation.needle import needle_score
-from mobilellm_pro.evaluation.needle_grid import Grid, check_prompts
-from mobilellm_pro.evaluation.needle_haystack import open_haystack
-from mobilellm_pro.evaluation.needle_prompt import TEMPLATE_VERSION
+from mobilellm_pro.evaluation.needle_task import needle_task
 from mobilellm_pro.evaluation.program_model import ProgramModel
 from mobilellm_pro.evaluation.ranks import gathered, join_ranks, rank, share_of_rank, wait_for_ranks
 from mobilellm_pro.evaluation.student_checkpoint import load_student
-from mobilellm_pro.evaluation.suite import NEEDLE, NeedleTable
+from mobilellm_pro.evaluation.suite import NeedleTable
+from mobilellm_pro.evaluation.suite_run import DEFAULT_NEW_TOKENS
 from mobilellm_pro.evaluation.text_model import Ending, Sampling, StudentModel, TextModel
 
 _SPECIAL = re.compile(r"(<\|[a-z_]+\|>)")
-
-DEFAULT_NEW_TOKENS = 256
-"""Of a continuation whose task does not say how long it may be; the harness' own."""
 
 
 class HarnessModel(TemplateLM):
@@ -210,49 +204,14 @@ class HarnessModel(TemplateLM):
         return tqdm(items, total=total, desc=what, disable=True if silent or rank() else None)
 
     def needle(self, settings: NeedleTable, metric: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-        """This project's needle test, in the form of lm-eval's results; a collective of all ranks.
-
-        Args:
-            settings: its grid and text.
-            metric: the share of cells found is called that.
-
-        Returns:
-            scores and documents, as lm-eval has them.
+        """This project's needle test, as `needle_task` gives it; a collective of all ranks.
 
         Raises:
             ValueError: the model is a program, or a prompt is too long.
         """
         if not isinstance(self._model, StudentModel):
             raise ValueError("the needle test runs students in memory; leave the column out for a program")
-        grid = Grid(tuple(settings.lengths) or Grid().lengths, num_depths=settings.depths, num_needles=settings.needles)
-        if max(grid.lengths) > self.max_length:
-            raise ValueError(
-                f"needle.lengths: {max(grid.lengths)} tokens for a model of {self.max_length}; give shorter ones"
-            )
-        haystack = open_haystack(settings.haystack or None, self._text)
-        check_prompts(grid, haystack, self._text)
-        found = needle_score(self._model.student, self._text, grid=grid, haystack=haystack)
-        share = found["correct"] / found["total"]
-        error = math.sqrt(share * (1 - share) / max(1, found["total"] - 1))
-        scores = {
-            "results": {NEEDLE: {f"{metric},none": share, f"{metric}_stderr,none": error}},
-            "n-shot": {NEEDLE: 0},
-            "n-samples": {NEEDLE: {"original": found["total"], "effective": found["total"]}},
-            "versions": {NEEDLE: TEMPLATE_VERSION},
-        }
-        documents = [
-            {
-                "filter": "none",
-                "doc_id": number,
-                "doc_hash": utils.hash_string(f"{haystack.identity} {cell}"),
-                "doc": {},
-                "target": cell["value"],
-                "filtered_resps": [cell["answer"]],
-                metric: cell["correct"],
-            }
-            for number, cell in enumerate(found["cells"])
-        ]
-        return scores, {NEEDLE: documents}
+        return needle_task(self._model.student, self._text, settings, metric, self.max_length)
 
 
 @register_model("mobilellm_pro")

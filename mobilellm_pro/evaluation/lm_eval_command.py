@@ -7,7 +7,7 @@ tasks are, unless another `--include_path` is given.
 
 import sys
 
-from mobilellm_pro.evaluation.evaluate import OWN_TASKS
+from mobilellm_pro.evaluation.suite_run import OWN_TASKS
 
 
 def main() -> None:

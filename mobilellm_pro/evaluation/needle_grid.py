@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mobilellm_pro.config.needle_cells import cell_mismatches
+from mobilellm_pro.config.needle_cells import NeedleCells, cell_mismatches
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle_haystack import Haystack, most_sentences
 from mobilellm_pro.evaluation.needle_prompt import Needle, build_prompt, draw_needle, place_at
@@ -68,6 +68,11 @@ class Grid:
     seed: int = 0
     answer_tokens: int = 16
     """Room for the answer within a length, and tokens to generate."""
+
+    @classmethod
+    def of(cls, cells: NeedleCells) -> "Grid":
+        """The cells that a table asks for."""
+        return cls(tuple(cells.lengths), cells.depths, cells.needles)
 
     def __post_init__(self) -> None:
         counts = {"depths": self.num_depths, "needles": self.num_needles, "answer_tokens": self.answer_tokens}

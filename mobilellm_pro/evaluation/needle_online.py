@@ -48,7 +48,7 @@ class OnlineNeedle:
     @property
     def grid(self) -> Grid:
         """The cells."""
-        return Grid(tuple(self._settings.lengths), self._settings.depths, self._settings.needles)
+        return Grid.of(self._settings)
 
     def problems(self) -> list[str]:
         """A haystack that is not there, of another tokenizer or too small; lengths that do not hold the question."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS, SAMPLES = "results.json", "samples"
+from mobilellm_pro.evaluation.evaluation_folder import RESULTS, SAMPLES
+
 _CURE = "evaluate again"
 _NUMBER = (int, float)
 _COLUMN = {"name": str, "metric": str, "score": _NUMBER, "documents": int}

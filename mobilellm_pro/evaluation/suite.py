@@ -22,9 +22,11 @@ from pathlib import Path
 
 from mobilellm_pro.config import ConfigError, Problem
 from mobilellm_pro.config.config_error import nearest_name
+from mobilellm_pro.config.needle_cells import NeedleCells
 from mobilellm_pro.config.table_arrays import missing_or_repeated
 from mobilellm_pro.config.toml import read_toml
 from mobilellm_pro.config.typed_values import check_table
+from mobilellm_pro.evaluation.needle_grid import Grid
 
 NEEDLE = "needle"
 """Task of a column that the harness does not know."""
@@ -57,16 +59,12 @@ class Average:
 
 
 @dataclass
-class NeedleTable:
+class NeedleTable(NeedleCells):
     """The grid of this project's needle test; see `mobilellm-pro needle --help`."""
 
-    lengths: list[int] = field(default_factory=list)
-    """Empty: ten, evenly spaced from 2,000 to 131,072."""
-
-    depths: int = 9
-    needles: int = 5
-    haystack: str = ""
-    """A prepared corpus; empty: the generated filler."""
+    lengths: list[int] = field(default_factory=lambda: list(Grid().lengths))
+    depths: int = Grid().num_depths
+    needles: int = Grid().num_needles
 
 
 @dataclass
@@ -172,11 +170,10 @@ def _problems(suite: Suite, source: str) -> Iterator[Problem]:
         yield Problem(source, "ruler.lengths", str(suite.ruler.lengths), "one length, which is also the metric's name")
     if suite.limit < 0:
         yield Problem(source, "limit", str(suite.limit), "a number of documents, or 0 for all")
-    numbers = {"max_length": suite.max_length, "needle.depths": suite.needle.depths}
-    numbers["needle.needles"] = suite.needle.needles
-    for key, number in numbers.items():
-        if number is not None and number < 1:
-            yield Problem(source, key, str(number), "at least 1, or no such key")
+    if suite.max_length is not None and suite.max_length < 1:
+        yield Problem(source, "max_length", str(suite.max_length), "at least 1, or no such key")
+    for wrong in suite.needle.mismatches():
+        yield Problem(source, f"needle.{wrong.place}", wrong.found, wrong.expected)
     for place, column in enumerate(suite.column):
         if column.shots is not None and column.shots < 0:
             yield Problem(source, f"column[{place}].shots", str(column.shots), "0 or more")

@@ -4,9 +4,6 @@ Every rank holds the whole student and answers its share of the documents. The r
 what `evaluate` writes.
 """
 
-import contextlib
-import io
-import shutil
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from mobilellm_pro.config.job_config import Evaluation
 from mobilellm_pro.data.tokenizer import Tokenizer
-from mobilellm_pro.evaluation.evaluate import check_tasks, evaluate_columns, task_manager
-from mobilellm_pro.evaluation.evaluation_folder import DONE, write_results
-from mobilellm_pro.evaluation.ranks import gathered, rank, wait_for_ranks
+from mobilellm_pro.evaluation.evaluation_folder import DONE
+from mobilellm_pro.evaluation.ranks import gathered
 from mobilellm_pro.evaluation.suite import Suite, load_suite
+from mobilellm_pro.evaluation.suite_run import check_tasks, evaluate_in_memory, task_manager
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
 
@@ -56,12 +53,9 @@ class OnlineSuite:
         if find_spec("lm_eval") is None:
             return ["evaluation.suite needs lm-eval: pip install 'mobilellm-pro[eval]', or leave the key empty"]
         try:
-            suite = self._suite
-            check_tasks(suite, self._file, self._manager.all_tasks, allow_code=False)
-        except ValueError as error:
+            check_tasks(self._suite, self._file, self._manager, self._max_tokens, allow_code=False)
+        except (ValueError, FileNotFoundError) as error:
             return [f"[evaluation]: {error}"]
-        if suite.data and not Path(suite.data).is_dir():
-            return [f"{self._file}: data = {suite.data}: no such folder; give one, or an empty one for the Hub"]
         return []
 
     def is_done(self, step: int) -> bool:
@@ -74,21 +68,10 @@ class OnlineSuite:
         Returns:
             score of each column and each average, in percent.
         """
-        from mobilellm_pro.evaluation.harness_model import HarnessModel
-
-        folder = self._folder / f"step-{step}"
-        if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a test that was stopped
-        wait_for_ranks()
-        adapter = HarnessModel(
-            StudentModel(model, self._max_tokens), Tokenizer.load(self._tokenizer), self._suite.max_length
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluate_columns(self._suite, self._suite.columns, adapter, self._manager, folder)
-        scores: dict[str, float] = {}
-        if rank() == 0:
-            record = {"suite": self._suite.name, "checkpoint": f"step {step}", "limit": self._suite.limit or None}
-            results = write_results(folder, self._suite, record)
-            for part in ("columns", "averages"):
-                scores |= {name: 100 * one["score"] for name, one in results[part].items()}
-        return gathered({0: scores} if rank() == 0 else {})[0]
+        text_model = StudentModel(model, self._max_tokens)
+        tokenizer, folder = Tokenizer.load(self._tokenizer), self._folder / f"step-{step}"
+        results = evaluate_in_memory(self._suite, text_model, tokenizer, self._manager, folder, f"step {step}")
+        scores = {
+            name: 100 * one["score"] for part in ("columns", "averages") for name, one in results.get(part, {}).items()
+        }
+        return gathered({0: scores} if results else {})[0]

@@ -61,6 +61,7 @@ def continue_tokens(
     for chunk in chunks:
         model(chunk, cache=cache, head=_no_logits)
     produced: list[Tensor] = []
+    rows: list[list[int]] = [[] for _ in range(prompt.shape[0])]
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     stops = torch.tensor(stop_ids, device=prompt.device)
     for _ in range(max_new_tokens):
@@ -71,7 +72,8 @@ def continue_tokens(
         produced.append(chosen)
         finished |= torch.isin(chosen, stops)
         if ends is not None:
-            rows = torch.stack(produced, dim=1).tolist()
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                row.append(token)
             finished |= torch.tensor([ends(row) for row in rows], device=prompt.device)
         if bool(finished.all()):
             break

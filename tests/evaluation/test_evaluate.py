@@ -1,6 +1,7 @@
 """The `evaluate` verb: real tasks from local files, stopped, over ranks, of checkpoints of every format."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,32 +9,30 @@ from pathlib import Path
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
-from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mobilellm_pro import __main__ as command_line
 from mobilellm_pro.config import ConfigError, load
-from mobilellm_pro.convert.conversion import write_tokenizer
 from mobilellm_pro.convert.packed_folder import write_packed
 from mobilellm_pro.convert.quantized_model import quantize_student
-from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation import evaluate as evaluate_module
+from mobilellm_pro.evaluation import suite_online
 from mobilellm_pro.evaluation.evaluate import evaluate
 from mobilellm_pro.evaluation.harness_model import CheckpointModel
-from mobilellm_pro.evaluation.suite import load_suite
+from mobilellm_pro.evaluation.suite import Suite, load_suite
+from mobilellm_pro.evaluation.suite_run import OWN_TASKS
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.student import Student
 from mobilellm_pro.pipeline.train_job import online_evaluations
 from mobilellm_pro.training.run_folder import read_metrics
 from tests.data.synthetic import DEBUG_TOKENIZER
-from tests.evaluation.test_needle import write_student
+from tests.evaluation.harness_world import few_tasks, write_sharp_student
 from tests.training.small_world import SmallWorld, losses
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/assets/evaluation_data"
-TASKS = Path(lm_eval.__file__).parent / "tasks"
-FOLDERS = [str(TASKS / name) for name in ("super_glue/boolq", "piqa", "siqa", "openbookqa", "nq_open")]
+TASKS = ["boolq", "piqa", "social_iqa", "openbookqa", "nq_open"]
 SUITE = f"""
 name = "base"
 data = "{DATA}"
@@ -70,21 +69,16 @@ needles = 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_student(tmp_path_factory.mktemp("student") / "tiny")
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: 5 * w if w.ndim > 1 else w for name, w in weights.items()}, folder / "model.safetensors")
-    write_tokenizer(Tokenizer.load(str(DEBUG_TOKENIZER)), folder, max_tokens=400)
-    return folder
+    return write_sharp_student(tmp_path_factory.mktemp("student") / "tiny")
 
 
 @pytest.fixture(autouse=True)
 def few_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval reads ten thousand files otherwise."""
+    def manager(suite: Suite, out: Path) -> TaskManager:
+        return few_tasks(*TASKS, also=OWN_TASKS)
 
-    def manager(suite: object, out: Path) -> TaskManager:
-        return TaskManager(include_defaults=False, include_path=[*FOLDERS, str(evaluate_module.OWN_TASKS)])
-
-    monkeypatch.setattr(evaluate_module, "task_manager", manager)
+    for module in (evaluate_module, suite_online):
+        monkeypatch.setattr(module, "task_manager", manager)
 
 
 @pytest.fixture
@@ -175,13 +169,14 @@ def test_a_stopped_evaluation_goes_on(
         ((f'"{DATA}"', '"no/such/folder"'), "no/such/folder: no such folder of evaluation data"),
         ((f'"{DATA}"', '"."'), "hf download --repo-type dataset baber/piqa"),
         (('task = "piqa"', 'task = "humaneval_sandboxed"'), "--allow-code"),
+        (("limit = 6", "limit = 6\nmax_length = 16"), "nq_open asks for 256 new tokens of a model of 16"),
     ],
 )
 def test_mistakes(folder: Path, suite: Path, tmp_path: Path, change: tuple[str, str], said: str):
     suite.write_text(SUITE.replace(*change).replace('["pika"', '["piqa"').replace('["piqa", ', "["))
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         evaluate(str(suite), str(folder), str(tmp_path / "out"))
-    if "none of" not in said and "repo-type" not in said:
+    if "none of" not in said:
         assert not (tmp_path / "out").exists(), "it may be started again with a better suite"
 
 
@@ -237,10 +232,10 @@ def test_ranks_share_the_documents(folder: Path, tmp_path: Path):
     program = f"""
 import json, sys
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from mobilellm_pro.evaluation.harness_model import CheckpointModel
 from mobilellm_pro.evaluation.local_datasets import local_datasets
-manager = TaskManager(include_defaults=False, include_path={FOLDERS!r})
+from tests.evaluation.harness_world import few_tasks
+manager = few_tasks("piqa", "nq_open")
 model = CheckpointModel({str(folder)!r})
 with local_datasets({str(DATA)!r}):
     found = simple_evaluate(
@@ -254,7 +249,8 @@ if found is not None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, prefix in (("one", [sys.executable]), ("two", torchrun)):
         command = [*prefix, str(tmp_path / "program.py"), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert one == two

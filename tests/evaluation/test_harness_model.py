@@ -3,17 +3,13 @@
 import json
 from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from safetensors.torch import load_file, save_file
 
-from mobilellm_pro.convert.conversion import write_tokenizer
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation import lm_eval_command
 from mobilellm_pro.evaluation.harness_model import CheckpointModel, HarnessModel
@@ -21,7 +17,7 @@ from mobilellm_pro.evaluation.local_datasets import DataMissing, local_datasets
 from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.evaluation.text_model import Ending, StudentModel
 from tests.data.synthetic import DEBUG_TOKENIZER
-from tests.evaluation.test_needle import write_student
+from tests.evaluation.harness_world import few_tasks, task_folder, write_sharp_student
 
 DATA = Path(__file__).parents[1] / "assets/evaluation_data"
 TASKS = ["boolq", "piqa", "social_iqa", "openbookqa", "nq_open"]
@@ -30,12 +26,7 @@ WORDS = "What has a window of sixteen tokens and still remembers? A student does
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A debug student with weights large enough that its predictions depend on all that it sees."""
-    folder = write_student(tmp_path_factory.mktemp("student") / "tiny")
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: 5 * w if w.ndim > 1 else w for name, w in weights.items()}, folder / "model.safetensors")
-    write_tokenizer(Tokenizer.load(str(DEBUG_TOKENIZER)), folder, max_tokens=400)
-    return folder
+    return write_sharp_student(tmp_path_factory.mktemp("student") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +80,7 @@ def test_continuations_are_those_of_hf(stock: HFLM, ours: CheckpointModel):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_of_real_tasks_are_those_of_hf(task: str, stock: HFLM, ours: CheckpointModel):
-    tasks = Path(lm_eval.__file__).parent / "tasks"
-    names = {"boolq": "super_glue/boolq", "social_iqa": "siqa"}
-    manager = TaskManager(include_defaults=False, include_path=[str(tasks / names.get(task, task))])
-    results = []
+    manager, results = few_tasks(task), []
     for model in (stock, ours):
         with local_datasets(DATA):
             results.append(simple_evaluate(model, tasks=[task], num_fewshot=2, task_manager=manager, bootstrap_iters=0))
@@ -185,8 +173,7 @@ def test_missing_data_names_the_dataset_and_the_cure(tmp_path: Path):
 
 
 def test_lm_evals_own_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tasks = Path(lm_eval.__file__).parent / "tasks"
-    monkeypatch.setattr(lm_eval_command, "OWN_TASKS", tasks / "piqa")
+    monkeypatch.setattr(lm_eval_command, "OWN_TASKS", task_folder("piqa"))
     model_args = f"checkpoint={folder},tree_tokens=200"
     words = [
         "lm_eval",

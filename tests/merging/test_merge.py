@@ -5,12 +5,10 @@ import math
 import shutil
 from pathlib import Path
 
-import lm_eval
 import numpy as np
 import pytest
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 from mobilellm_pro.__main__ import main
 from mobilellm_pro.config import ConfigError, JobError, load
@@ -30,6 +28,7 @@ from mobilellm_pro.pipeline import merge_suite
 from mobilellm_pro.pipeline.merge import merge
 from mobilellm_pro.pipeline.merge_plan import load_merge_plan
 from mobilellm_pro.pipeline.merge_score import bits_per_byte, pack, read_text
+from tests.evaluation.harness_world import few_tasks
 from tests.merging.specialists import DOMAINS, Specialists, write_run
 from tests.training.small_world import SmallWorld
 
@@ -223,8 +222,7 @@ def test_a_suite_of_tasks_as_objective(specialists: Specialists, tmp_path: Path,
     file = specialists.file(
         tmp_path / "suite_merge.toml", ("[search]", f'[search]\nobjective = "suite"\nsuite = "{suite}"')
     )
-    tasks = Path(lm_eval.__file__).parent / "tasks"
-    manager = TaskManager(include_defaults=False, include_path=[str(tasks / "piqa"), str(tasks / "openbookqa")])
+    manager = few_tasks("piqa", "openbookqa")
     monkeypatch.setattr(merge_suite, "task_manager", lambda suite, folder: manager)
     result = merge(str(file), output=str(tmp_path / "merged"))
     assert result is not None and result["score"] == "1 - score"
