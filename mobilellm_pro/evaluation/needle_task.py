@@ -1,9 +1,8 @@
 """The needle test as a task of a suite: its scores and documents in the form of lm-eval's results."""
 
+import hashlib
 import math
 from typing import Any
-
-from lm_eval.utils import hash_string
 
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.needle import needle_score
@@ -50,7 +49,7 @@ def needle_task(
         {
             "filter": "none",
             "doc_id": number,
-            "doc_hash": hash_string(f"{haystack.identity} {cell}"),
+            "doc_hash": hashlib.sha256(f"{haystack.identity} {cell}".encode()).hexdigest(),
             "doc": {},
             "target": cell["value"],
             "filtered_resps": [cell["answer"]],
