@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 # Rows of the head per product in fp32 on CPU. The library packs the right-hand matrix, which for a few hundred tokens
-# costs as much as the product; with the head on the left, in blocks that stay in cache, it packs the hidden states.
+# and a head that fits no cache costs as much as the product; with the head on the left, in blocks that stay in cache,
+# it packs the hidden states, at the price of a copy that turns the result around.
 BLOCK_ROWS = 2048
+FEW_TOKENS, LARGE_HEAD_BYTES = 512, 16 * 2**20
 
 
 class ChunkLogits:
@@ -56,13 +58,17 @@ class ChunkLogits:
         self.num_tokens = hidden_CD.shape[0]
         if self.native_fp32:
             torch.mm(hidden_CD, self.head_VD.T, out_dtype=torch.float32, out=self.values_CV)
-        elif self._values.device.type == "cpu" and self._values.dtype == torch.float32:
+        elif self._product_pays_by_blocks():
             _product_by_blocks(hidden_CD, self.head_VD, self.values_CV)
         else:
             torch.mm(hidden_CD, self.head_VD.T, out=self.values_CV)
         if self._low is not None:
             low_CV = self._low[: self.num_tokens]
             torch.addmm(self.values_CV, hidden_CD, self.head_VD.T, beta=-1, out=low_CV)
+
+    def _product_pays_by_blocks(self) -> bool:
+        on_cpu = self._values.device.type == "cpu" and self._values.dtype == torch.float32
+        return on_cpu and self.num_tokens < FEW_TOKENS and self.head_VD.nbytes > LARGE_HEAD_BYTES
 
     def tile(self, rows: slice, out_NV: Tensor) -> Tensor:
         """[N, V] logits of these tokens in the dtype of `out_NV`, which is fp32 or fp64.

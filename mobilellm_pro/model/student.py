@@ -104,6 +104,14 @@ FLAVORS: Mapping[str, StudentArgs] = {
         sliding_window=64,
         global_layers=(0, 3),
     ),
+    "100m": StudentArgs(  # 104M parameters with the vocabulary of the 1b
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        global_layers=(0, 4, 8, 11),
+    ),
     "proxy": StudentArgs(  # for `mix`: the vocabulary of the 1b, 60M parameters
         hidden_size=256,
         intermediate_size=1024,

@@ -32,6 +32,7 @@ from mobilellm_pro.training.hidden_state_cache import CacheWriter, attach_reader
 from mobilellm_pro.training.metrics import DistillMetrics
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation, evaluate_online
 from mobilellm_pro.training.step_guard import GuardedOptimizers, StepGuard
+from mobilellm_pro.training.step_ranges import BACKWARD, DATA, LOSS, STUDENT, TEACHER, step_range
 from mobilellm_pro.training.stop_request import StopRequest, in_words
 from mobilellm_pro.training.stragglers import CollectiveTimeouts
 
@@ -180,7 +181,10 @@ class DistillTrainer(Trainer):
         self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """torchtitan's batches. It collects all micro-batches of a step first, so those to come are known."""
-        for input_dict, labels in super().batch_generator(data_iterable):
+        batches = super().batch_generator(data_iterable)
+        while True:
+            with step_range(DATA):
+                input_dict, labels = next(batches)
             self._coming.append(input_dict)
             yield input_dict, labels
 
@@ -200,7 +204,8 @@ class DistillTrainer(Trainer):
         if self.job_config.teacher.overlap and self._coming:
             self._run_ahead(self._coming[0])
         loss = terms.loss / global_valid_tokens
-        loss.backward()
+        with step_range(BACKWARD):
+            loss.backward()
         self._guard.micro_batches.append(MicroBatch(input_dict, labels, global_valid_tokens, loss.detach()))
         self.metrics_processor.terms.add(terms, (local_labels != IGNORE_INDEX).sum())
         return loss
@@ -235,12 +240,13 @@ class DistillTrainer(Trainer):
         tokens, labels = rows.shard.take(input_dict["input"]), rows.shard.take(labels)
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
-            teacher_hidden = self._teacher_hidden(self.teacher, input_dict, tokens, rows)
+            with step_range(TEACHER):
+                teacher_hidden = self._teacher_hidden(self.teacher, input_dict, tokens, rows)
             teacher_head = self.teacher.head
         head = partial(self._loss, labels=labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head, found=found)
         student = self.model_parts[0]
-        masks = rows.masks(student.spans(), self.job_config.attention.student_mask)
-        with self.maybe_enable_amp:
+        with step_range(STUDENT), self.maybe_enable_amp:
+            masks = rows.masks(student.spans(), self.job_config.attention.student_mask)
             terms = student(tokens, rows.positions, masks, head)
         if self.teacher is not None:
             self.teacher.release()
@@ -272,7 +278,7 @@ class DistillTrainer(Trainer):
             weight = weight.to_local()
             if teacher_head is not None:
                 teacher_head = teacher_head.chunk(mesh.size())[mesh.get_local_rank()]
-        with torch.autocast(self.device.type, enabled=False):
+        with step_range(LOSS), torch.autocast(self.device.type, enabled=False):
             if isinstance(self.maybe_enable_amp, torch.autocast):
                 dtype = TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param]
                 hidden, weight = hidden.to(dtype), weight.to(dtype)

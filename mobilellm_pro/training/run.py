@@ -47,7 +47,7 @@ def train(config: JobConfig, config_path: str, evaluations: Sequence[OnlineEvalu
         TimeoutError: ranks waited too long for others.
         CheckpointFailed: a checkpoint could not be written; the one before it stays.
     """
-    _default_environment()
+    set_default_environment()
     end_with_launcher()
     world_size = int(os.environ["WORLD_SIZE"])
     folder = Path(config.job.dump_folder)
@@ -95,7 +95,7 @@ def _run(folder: Path, config: JobConfig, evaluations: Sequence[OnlineEvaluation
     dist.destroy_process_group()
 
 
-def _default_environment() -> None:
+def set_default_environment() -> None:
     """What torchrun would set, for one process without it."""
     if "RANK" in os.environ:
         return

@@ -21,6 +21,7 @@ from mobilellm_pro.data.mixture import Mixture
 from mobilellm_pro.training.bad_step import MicroBatch, bad_micro_batches, report_bad_step
 from mobilellm_pro.training.checkpoints import RunCheckpoints
 from mobilellm_pro.training.metrics import DistillMetrics
+from mobilellm_pro.training.step_ranges import GRADIENT_NORM, OPTIMIZER, step_range
 from mobilellm_pro.training.stop_request import StopRequest
 
 
@@ -47,7 +48,8 @@ class GuardedOptimizers(OptimizersContainer):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Applies the gradients, or drops them."""
         if self.may_step is None or self.may_step():
-            super().step(*args, **kwargs)
+            with step_range(OPTIMIZER):
+                super().step(*args, **kwargs)
         else:
             self.zero_grad()
 
@@ -92,7 +94,8 @@ class StepGuard:
         clip = dist_utils.clip_grad_norm_
 
         def noting_clip(*args: Any, **kwargs: Any) -> Tensor:
-            self._norm = clip(*args, **kwargs)
+            with step_range(GRADIENT_NORM):
+                self._norm = clip(*args, **kwargs)
             return self._norm
 
         dist_utils.clip_grad_norm_ = noting_clip

@@ -225,21 +225,36 @@ def test_tiled_attention_is_an_operator() -> None:
 
 
 def test_tiles_of_a_long_row_grow_with_its_length() -> None:
-    """Queries × keys of all tiles: linear in the row for windows and documents; none is large."""
+    """Queries × keys of all tiles: linear in the row for windows and documents; no mask is large."""
 
     def elements(num_tokens: int, span: Span, document: int) -> tuple[int, int]:
         documents = torch.arange(num_tokens).div(document, rounding_mode="floor").unsqueeze(0)
         mask = PackedRows(documents).masks({"x": span})["x"]
-        sizes = [
-            (tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start)
-            for tile in tiles(mask.first, mask.end)
-        ]
-        return sum(sizes), max(sizes)
+        cut = tiles(mask.first, mask.end)
+        sizes = [(t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in cut]
+        return sum(sizes), max([0] + [size for size, tile in zip(sizes, cut, strict=True) if not tile.is_causal])
 
     for span, document in ((Span(window=512), 10**9), (Span(), 1000)):
         small, large = elements(8192, span, document), elements(32_768, span, document)
         assert large[0] < 4.2 * small[0] and large[0] < 3 * 1024 * 32_768
-    assert elements(131_072, Span(), 10**9)[1] <= 2**26
+    # A document's later half, whose beginning another rank has, or a cache: nothing of it is a square.
+    half = torch.arange(65_536, 131_072, dtype=torch.int32).unsqueeze(0)
+    rest = tiles(torch.zeros_like(half), half + 1)
+    assert max((t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in rest) <= 2**26
+    assert not any(tile.is_causal for tile in rest)
+
+
+def test_the_beginning_of_a_document_is_one_tile_without_a_mask() -> None:
+    documents = torch.tensor([0] * 300 + [1] * 50 + [2] * 250).unsqueeze(0)
+    masks = PackedRows(documents).masks({"global": Span(), "local": Span(window=150)})
+    found = {
+        name: [(t.queries.start, t.queries.stop, t.keys.start, t.is_causal) for t in tiles(m.first, m.end)]
+        for name, m in masks.items()
+    }
+    assert found["global"] == [(0, 300, 0, True), (300, 350, 300, False), (350, 600, 350, True)]
+    assert [tile for tile in found["local"] if tile[3]] == [(0, 150, 0, True), (350, 500, 350, True)]
+    for cut in found.values():
+        assert [tile[0] for tile in cut] + [600] == [0] + [tile[1] for tile in cut], "every query once"
 
 
 @dataclass(frozen=True)

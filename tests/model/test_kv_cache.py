@@ -95,14 +95,17 @@ def test_attention_in_blocks_is_attention_under_the_mask(
 
 
 def test_no_mask_grows_with_the_prompt(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries × keys of each product: bounded in global layers, at most 2 windows wide in local ones."""
+    """Queries × keys of each product with a mask: bounded in global layers, at most 2 windows wide in local ones."""
     monkeypatch.setattr(tiled_attention, "TILE_ELEMENTS", 3000)
     monkeypatch.setattr(tiled_attention, "SMALLEST_TILE", 1)
     made: list[tuple[int, int]] = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def spy(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **options: object) -> torch.Tensor:
-        made.append((query.shape[2], key.shape[2]))
+        if options["attn_mask"] is None:
+            assert options["is_causal"] and query.shape[2] == key.shape[2] or query.shape[2] == 1
+        else:
+            made.append((query.shape[2], key.shape[2]))
         return plain(query, key, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
