@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
     from train_step_worker import Conversation
 
-STEPS = 32
-"""Of every trainer at most, and those whose hidden states a cache has."""
-
 TEACHER_WIDTH = {"debug": 128, "100m": 384, "1b": 5120}
 
 JOB = """
@@ -60,6 +57,9 @@ class Job:
     flavor: str = "debug"
     seq_len: int = 2048
     rows: int = 1
+    steps: int = 32
+    """At most, and those whose hidden states a cache has."""
+
     objective: str = "ce"
     teacher: str = "none"
     """ "live" or "cached", with objective "kl"."""
@@ -101,7 +101,7 @@ def write_world(job: Job, folder: Path) -> None:
     if job.objective == "kl":
         write_teacher(Teacher(teacher_args(job.flavor)), folder / "teacher")
     if job.teacher == "cached":
-        run_ranks(_write_hidden_states, 1, job, folder)
+        run_ranks(_write_hidden_states, 1, job, folder, timeout_seconds=3600)
 
 
 def _write_hidden_states(job: Job, folder: Path) -> None:
@@ -171,7 +171,7 @@ def titan_settings(job: Job) -> dict[str, Any]:
         "training.seq_len": job.seq_len,
         "training.local_batch_size": job.rows,
         "training.global_batch_size": job.rows,
-        "training.steps": STEPS,
+        "training.steps": job.steps,
         "training.mixed_precision_param": "bfloat16" if GPU else "float32",
         "optimizer.implementation": job.optimizer,
         "lr_scheduler.warmup_steps": 2,
@@ -180,7 +180,7 @@ def titan_settings(job: Job) -> dict[str, Any]:
         "compile.components": ["model"] if job.way == "ours" else ["model", "loss"],
         "checkpoint.enable": False,
         "metrics.enable_tensorboard": False,
-        "metrics.log_freq": STEPS,
+        "metrics.log_freq": job.steps,
     }
 
 
@@ -216,7 +216,7 @@ def build_transformers(job: Job, folder: Path, conversation: "Conversation") -> 
     arguments = TrainingArguments(
         output_dir=str(folder / "transformers"),
         per_device_train_batch_size=job.rows,
-        max_steps=STEPS,
+        max_steps=job.steps,
         bf16=GPU,
         use_cpu=not GPU,
         torch_compile=job.compile,
@@ -226,7 +226,7 @@ def build_transformers(job: Job, folder: Path, conversation: "Conversation") -> 
         logging_strategy="no",
         disable_tqdm=True,
     )
-    rows = packed_rows(folder, job.seq_len, job.rows * STEPS)
+    rows = packed_rows(folder, job.seq_len, job.rows * job.steps)
     HuggingFaceTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Told()]).train()
 
 
