@@ -33,13 +33,19 @@ def describe(packages: list[str], threads: int | None = None) -> list[str]:
     used = f", {threads} threads" if threads else ""
     versions = {x.metadata["Name"].lower().replace("_", "-"): x.version for x in metadata.distributions()}
     return [
-        f"Command: `python {shlex.join(sys.argv)}`, commit {(commit() or 'unknown')[:12]}",
+        f"Command: `python {shlex.join(sys.argv)}`, commit {_short(commit())}",
         "",
         f"Machine: {processor_name()}, {os.cpu_count()} CPUs{used}{device}, {platform.platform()}, "
         f"Python {platform.python_version()}",
         "",
         "Versions: " + ", ".join(f"{x} {versions[x]}" for x in packages if x in versions),
     ]
+
+
+def _short(commit_of_tree: str | None) -> str:
+    """The beginning of a commit's name, with the + of a changed tree."""
+    whole = commit_of_tree or "unknown"
+    return whole[:12] + "+" * whole.endswith("+")
 
 
 def section_parser(text: str | None, sections: Iterable[str]) -> argparse.ArgumentParser:

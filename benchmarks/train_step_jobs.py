@@ -2,8 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 import sysconfig
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,6 @@ from mobilellm_pro.training import run
 from mobilellm_pro.training.distill_trainer import DistillTrainer
 from mobilellm_pro.training.train_spec import register
 from tests.data.synthetic import DEBUG_TOKENIZER, write_text, write_toml
-from tests.ranks import run_ranks
 from tests.training.small_world import write_teacher
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class Job:
     mask: str = "block_causal"
     """Of our student: documents do not see each other; "causal" as torchtitan's."""
 
+    is_global: bool = False
+    """Whether every layer of our student sees everything before, as torchtitan's."""
+
     optimizer: str = "fused"
 
     @property
@@ -80,6 +84,7 @@ class Job:
         switches = {
             "compiled": self.compile,
             f"{self.checkpointing} checkpointing": self.checkpointing != "none",
+            "all layers global": self.is_global,
             "plain causal mask": self.way == "ours" and self.mask == "causal",
             f"{self.optimizer} AdamW": self.optimizer != "fused",
         }
@@ -101,12 +106,9 @@ def write_world(job: Job, folder: Path) -> None:
     if job.objective == "kl":
         write_teacher(Teacher(teacher_args(job.flavor)), folder / "teacher")
     if job.teacher == "cached":
-        run_ranks(_write_hidden_states, 1, job, folder, timeout_seconds=3600)
-
-
-def _write_hidden_states(job: Job, folder: Path) -> None:
-    """In a process of its own: a trainer is built once in each."""
-    build_trainer(replace(job, teacher="write"), folder).train()
+        # In a process of its own: a trainer is built once in each.
+        program = Path(__file__).with_name("train_step_worker.py")
+        subprocess.run([sys.executable, str(program), json.dumps(asdict(job)), str(folder), "write"], check=True)
 
 
 def teacher_args(flavor: str) -> TeacherArgs:
@@ -121,6 +123,8 @@ def build_trainer(job: Job, folder: Path) -> DistillTrainer:
     path = folder / "job.toml"
     path.write_text(JOB.format(folder=folder, flavor=job.flavor, tokenizer=DEBUG_TOKENIZER))
     settings = titan_settings(job) | {"attention.student_mask": job.mask, "distill.objective": job.objective}
+    if job.is_global:
+        settings["attention.global_layers"] = list(range(FLAVORS[job.flavor].num_hidden_layers))
     if job.objective == "kl":
         settings |= {"teacher.path": folder / "teacher", "teacher.dtype": "bfloat16" if GPU else "float32"}
     if job.teacher in ("cached", "write"):

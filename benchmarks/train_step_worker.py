@@ -13,11 +13,13 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import GPU, MIB, synchronize
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step_jobs import Job, build_titan, build_trainer, build_transformers, write_world
 
@@ -30,6 +32,9 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # trainers print
     job, folder = Job(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    if sys.argv[3:] == ["write"]:
+        build_trainer(replace(job, teacher="write"), folder).train()
+        return
     write_world(job, folder)
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
@@ -114,12 +119,13 @@ def shares(events: Any, seconds: float) -> dict[str, float]:
     """Range -> share of the time, each without the ranges in it.
 
     On a CPU that is the time in the range. On a GPU it is the time of the kernels that were launched while it was open,
-    by any thread: the backward pass launches from its own.
+    by any thread: the backward pass launches from its own; what it waited is in "rest".
     """
-    ranges = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.name in STEP_RANGES)
+    own = [event for event in events if event.device_type == DeviceType.CPU]  # a GPU's timeline has them once more
+    ranges = sorted((e.time_range.start, e.time_range.end, e.name) for e in own if e.name in STEP_RANGES)
     spent: dict[str, float] = defaultdict(float)
     if GPU:
-        for event in events:
+        for event in own:
             inside = [(begin, name) for begin, end, name in ranges if begin <= event.time_range.start < end]
             if event.kernels and inside:
                 spent[max(inside)[1]] += sum(kernel.duration for kernel in event.kernels)

@@ -38,6 +38,9 @@ def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
     if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem" and device_type != "cuda":
         found = f'"async_with_pinned_mem" on a {device_type} machine'
         problems.append(Problem("machine", "checkpoint.async_mode", found, '"async" or "disabled" without CUDA'))
+    if config.profiling.enable_memory_snapshot and device_type != "cuda":
+        found = f"true on a {device_type} machine"
+        problems.append(Problem("machine", "profiling.enable_memory_snapshot", found, "false: it is of a GPU's memory"))
     if config.distill.impl == "triton" and device_type != "cuda":
         problems.append(
             Problem("machine", "distill.impl", f'"triton" on a {device_type} machine', '"auto" or "chunked"')

@@ -22,7 +22,7 @@ from mobilellm_pro.evaluation.comparison import compare_evaluations
 from mobilellm_pro.evaluation.evaluation_folder import DONE, RESULTS, SETTINGS, TABLE, task_file, write_results
 from mobilellm_pro.evaluation.ranks import join_ranks, wait_for_ranks, world_size
 from mobilellm_pro.evaluation.suite import Suite, check_suite, load_suite
-from mobilellm_pro.evaluation.suite_run import check_tasks, evaluate_columns, task_manager
+from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_columns, task_manager
 from mobilellm_pro.model.checkpoint import find_checkpoint
 from mobilellm_pro.training.run_folder import describe_environment
 
@@ -91,10 +91,11 @@ def evaluate(
     if not (folder / DONE).is_file():
         from mobilellm_pro.evaluation.harness_model import CheckpointModel  # imports lm-eval
 
+        manager = task_manager(chosen, folder)
+        check_names(chosen, suite, manager.all_tasks, allow_code=allow_code)
         model = CheckpointModel(checkpoint, max_length=chosen.max_length, tree_tokens=tree_tokens, batch_size=batch,
                                 dtype=dtype, device=device, quantize=quantize)  # fmt: skip
-        manager = task_manager(chosen, folder)
-        check_tasks(chosen, suite, manager, model.max_length, allow_code=allow_code)
+        check_data(chosen, suite, manager, model.max_length)
         _agree(folder, settings, begin=True)
         todo = [column for column in chosen.columns if not task_file(folder, column.task).is_file()]
         wait_for_ranks()  # every one has seen the same files

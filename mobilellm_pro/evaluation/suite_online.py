@@ -14,7 +14,7 @@ from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.evaluation_folder import DONE
 from mobilellm_pro.evaluation.ranks import gathered
 from mobilellm_pro.evaluation.suite import Suite, load_suite
-from mobilellm_pro.evaluation.suite_run import check_tasks, evaluate_in_memory, task_manager
+from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_in_memory, task_manager
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
 
@@ -53,8 +53,9 @@ class OnlineSuite:
         if find_spec("lm_eval") is None:
             return ["evaluation.suite needs lm-eval: pip install 'mobilellm-pro[eval]', or leave the key empty"]
         try:
-            check_tasks(self._suite, self._file, self._manager, self._max_tokens, allow_code=False)
-        except (ValueError, FileNotFoundError) as error:
+            check_names(self._suite, self._file, self._manager.all_tasks, allow_code=False)
+            check_data(self._suite, self._file, self._manager, self._max_tokens)
+        except (ValueError, OSError) as error:
             return [f"[evaluation]: {error}"]
         return []
 

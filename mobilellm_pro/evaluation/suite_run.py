@@ -31,24 +31,20 @@ _BOOTSTRAP = 1000
 """Draws for the standard error of a metric that is no mean."""
 
 
-def check_tasks(suite: Suite, source: str, manager: "TaskManager", max_length: int, *, allow_code: bool) -> None:
-    """Loads all of a suite's tasks before the first one is run; RULER's only then, since they make their data first.
+def check_names(suite: Suite, source: str, known: Sequence[str], *, allow_code: bool) -> None:
+    """Looks for all of a suite's tasks, without any data.
 
     Args:
         suite: that will be run.
         source: its file.
-        manager: from `task_manager`.
-        max_length: tokens of the model's longest sequence.
+        known: names of tasks.
         allow_code: whether programs that the model writes may be run.
 
     Raises:
-        ValueError: tasks that nobody knows, whose data is missing, whose answers are longer than the model's
-            sequences, or that run code although that is not allowed.
+        ValueError: tasks that nobody knows, or that run code although that is not allowed.
     """
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     tasks = [column.task for column in suite.columns if column.task != NEEDLE]
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+    unknown = [task for task in tasks if task not in known]
     if unknown:
         raise ValueError(
             f"{source}: task {', '.join(unknown)}: lm-eval {importlib.metadata.version('lm-eval')} has none of that "
@@ -64,9 +60,30 @@ def check_tasks(suite: Suite, source: str, manager: "TaskManager", max_length: i
             f"{source}: {', '.join(running)} run programs that the model writes, in a subprocess with limits but on "
             "this machine; say --allow-code, or leave them out with --only"
         )
-    length = suite.max_length or max_length
+
+
+def check_data(suite: Suite, source: str, manager: "TaskManager", max_length: int) -> None:
+    """Loads all of a suite's tasks before the first one is run; RULER's only then, since they make their data first.
+
+    Args:
+        suite: that will be run.
+        source: its file.
+        manager: from `task_manager`.
+        max_length: tokens of the model's longest sequence.
+
+    Raises:
+        ValueError: data is missing, prompts or answers are longer than the model's sequences, or a task of others runs
+            programs.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    length, tasks = suite.max_length or max_length, [column.task for column in suite.columns]
+    if NEEDLE in tasks and max(suite.needle.lengths) > length:
+        raise ValueError(
+            f"{source}: needle.lengths: {max(suite.needle.lengths)} tokens for a model of {length}; give shorter ones"
+        )
     with local_datasets(suite.data):
-        for task in (task for task in tasks if not task.startswith("niah")):
+        for task in (task for task in tasks if task != NEEDLE and not task.startswith("niah")):
             for name, loaded in manager.load(task)["tasks"].items():
                 if getattr(loaded, "UNSAFE_CODE", False) and not name.endswith("_sandboxed"):
                     raise ValueError(f"{source}: {name} would run programs without limits; leave it out")

@@ -36,7 +36,11 @@ class TokenTree(NamedTuple):
 
 
 def token_trees(
-    sequences: Sequence[list[int]], num_last: Sequence[int], max_tokens: int, order: Sequence[int] | None = None
+    sequences: Sequence[list[int]],
+    num_last: Sequence[int],
+    max_tokens: int,
+    order: Sequence[int] | None = None,
+    enough_tokens: int | None = None,
 ) -> Iterator[TokenTree]:
     """Sequences, in lexicographic order, as trees of bounded size.
 
@@ -45,12 +49,16 @@ def token_trees(
         num_last: of each sequence, how many of its last tokens' places are wanted.
         max_tokens: of a tree; a single longer sequence is a tree of its own.
         order: numbers of the sequences to take; default all.
+        enough_tokens: a tree of so many ends before a sequence that has less than half of its tokens in common with it:
+            attention's cost grows with the square of a tree. Default `max_tokens`.
     """
     numbers = range(len(sequences)) if order is None else order
     growing = _Growing()
     for number in sorted(numbers, key=lambda number: sequences[number]):
         sequence = sequences[number]
-        if growing.tokens and len(growing.tokens) + len(sequence) - growing.shared(sequence) > max_tokens:
+        size, shared = len(growing.tokens), growing.shared(sequence)
+        is_enough = enough_tokens is not None and size >= enough_tokens and 2 * shared < len(sequence)
+        if size and (is_enough or size + len(sequence) - shared > max_tokens):
             yield growing.finish()
             growing = _Growing()
         growing.add(number, sequence, num_last[number])

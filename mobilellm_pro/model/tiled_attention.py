@@ -25,7 +25,7 @@ SMALLEST_TILE, LARGEST_TILE = 128, 256
 """Queries of a tile with a mask: about as many as each sees keys, within these bounds."""
 
 TILE_ELEMENTS = 2**25
-"""Queries × keys of a tile at most: 128 MiB of mask in fp32, which is what SDPA makes of it."""
+"""Queries × keys of a tile with a mask at most: 128 MiB in fp32, which is what SDPA makes of it."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -74,7 +74,7 @@ def _cuts(first: Tensor, end: Tensor, block: int) -> Iterator[tuple[int, int, bo
     bounds = [0, *edges[1:].nonzero().flatten().add(1).tolist(), len(first)]
     rest = 0
     for low, high in pairwise(bounds):
-        if bool(square[low]) and high - low >= SMALLEST_TILE:
+        if int(begin[low]) == low and bool(square[low]) and high - low >= SMALLEST_TILE:
             yield from ((cut, min(cut + block, low), False) for cut in range(rest, low, block))
             yield low, high, True
             rest = high

@@ -6,7 +6,7 @@ from typing import Any
 
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.suite import load_suite
-from mobilellm_pro.evaluation.suite_run import check_tasks, evaluate_in_memory, task_manager
+from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_in_memory, task_manager
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
 
@@ -27,7 +27,8 @@ class SuiteErrors:
         self._suite, self._tokenizer, self._max_tokens = load_suite(suite), tokenizer, max_tokens
         self._scratch = tempfile.TemporaryDirectory()  # removed with this object
         self._manager = task_manager(self._suite, Path(self._scratch.name))
-        check_tasks(self._suite, suite, self._manager, max_tokens, allow_code=False)
+        check_names(self._suite, suite, self._manager.all_tasks, allow_code=False)
+        check_data(self._suite, suite, self._manager, max_tokens)
 
     def __call__(self, model: Student, text: Any) -> dict[str, float]:
         """Of each column; the text of the domains is not read."""

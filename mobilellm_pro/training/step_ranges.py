@@ -1,6 +1,6 @@
 """Names of the parts of a training step, as a profiler shows them.
 
-A range costs a microsecond where nobody profiles. What FSDP2 does (its all-gathers and reductions) it names itself, as
+What FSDP2 does (its all-gathers and reductions) it names itself, as
 "FSDP::...".
 """
 
@@ -15,7 +15,8 @@ GRADIENT_NORM = "step: gradient norm"
 OPTIMIZER = "step: optimizer"
 
 STEP_RANGES = (DATA, TEACHER, STUDENT, LOSS, BACKWARD, GRADIENT_NORM, OPTIMIZER)
-"""In the order in which they begin; the loss runs inside the student's forward."""
+"""In the order in which they begin. The loss runs inside the student's forward, and makes the gradients of the head and
+of the last hidden states there: the backward pass begins with those."""
 
 step_range = record_function
 """`with step_range(DATA): ...`"""

@@ -197,6 +197,11 @@ def test_pinned_memory_needs_cuda():
     assert check_machine(config, "cuda") == []
 
 
+def test_a_snapshot_of_a_gpus_memory_needs_one():
+    config = valid(profiling__enable_memory_snapshot=True)
+    assert [problem.key for problem in check_machine(config, "cpu")] == ["profiling.enable_memory_snapshot"]
+
+
 def test_a_gpu_kernel_without_a_gpu():
     config = valid(distill__impl="triton")
     assert [problem.key for problem in check_machine(config, "cpu")] == ["distill.impl"]

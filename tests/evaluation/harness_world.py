@@ -1,6 +1,7 @@
 """What tests of lm-eval share: a student whose predictions depend on all that it sees, and few task definitions."""
 
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
@@ -12,7 +13,7 @@ from tests.data.synthetic import DEBUG_TOKENIZER
 from tests.evaluation.test_needle import write_student
 
 _TASKS = Path(lm_eval.__file__).parent / "tasks"
-_FOLDERS = {"boolq": "super_glue/boolq", "social_iqa": "siqa"}
+_FOLDERS = {"boolq": "super_glue/boolq", "social_iqa": "siqa", "niah_single_1": "ruler"}
 
 
 def write_sharp_student(folder: Path) -> Path:
@@ -29,12 +30,13 @@ def task_folder(task: str) -> str:
     return str(_TASKS / _FOLDERS.get(task, task))
 
 
-def few_tasks(*tasks: str, also: Path | None = None) -> TaskManager:
+def few_tasks(*tasks: str, include_path: str | None = None, metadata: dict[str, Any] | None = None) -> TaskManager:
     """A task manager that reads few files; lm-eval has ten thousand.
 
     Args:
         tasks: of lm-eval.
-        also: a folder of more definitions.
+        include_path: a folder of more definitions.
+        metadata: settings of tasks that make their own data.
     """
-    folders = [task_folder(task) for task in tasks] + ([str(also)] if also else [])
-    return TaskManager(include_defaults=False, include_path=folders)
+    folders = [task_folder(task) for task in tasks] + ([include_path] if include_path else [])
+    return TaskManager(include_defaults=False, include_path=folders, metadata=metadata)

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lm_eval
+import lm_eval.tasks
+import nltk
 import pytest
-from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mobilellm_pro import __main__ as command_line
@@ -16,11 +18,9 @@ from mobilellm_pro.config import ConfigError, load
 from mobilellm_pro.convert.packed_folder import write_packed
 from mobilellm_pro.convert.quantized_model import quantize_student
 from mobilellm_pro.evaluation import evaluate as evaluate_module
-from mobilellm_pro.evaluation import suite_online
 from mobilellm_pro.evaluation.evaluate import evaluate
 from mobilellm_pro.evaluation.harness_model import CheckpointModel
-from mobilellm_pro.evaluation.suite import Suite, load_suite
-from mobilellm_pro.evaluation.suite_run import OWN_TASKS
+from mobilellm_pro.evaluation.suite import load_suite
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.checkpoint import load_model
 from mobilellm_pro.model.student import Student
@@ -32,7 +32,7 @@ from tests.training.small_world import SmallWorld, losses
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/assets/evaluation_data"
-TASKS = ["boolq", "piqa", "social_iqa", "openbookqa", "nq_open"]
+TASKS = ["boolq", "piqa", "social_iqa", "openbookqa", "nq_open", "ifeval", "niah_single_1"]
 SUITE = f"""
 name = "base"
 data = "{DATA}"
@@ -74,11 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def manager(suite: Suite, out: Path) -> TaskManager:
-        return few_tasks(*TASKS, also=OWN_TASKS)
-
-    for module in (evaluate_module, suite_online):
-        monkeypatch.setattr(module, "task_manager", manager)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(few_tasks, *TASKS))
 
 
 @pytest.fixture
@@ -178,6 +174,35 @@ def test_mistakes(folder: Path, suite: Path, tmp_path: Path, change: tuple[str, 
         evaluate(str(suite), str(folder), str(tmp_path / "out"))
     if "none of" not in said:
         assert not (tmp_path / "out").exists(), "it may be started again with a better suite"
+
+
+def test_rulers_needles_and_instructions(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tasks that make their own data with the model's tokenizer, and those whose answers a program judges."""
+    monkeypatch.setattr(nltk, "download", lambda name: False)  # both ask for a splitter that these tests do not use
+    (tmp_path / "suite.toml").write_text(f"""
+name = "own"
+data = "{DATA}"
+limit = 3
+max_length = 1600
+[ruler]
+lengths = [300]
+[[column]]
+task = "niah_single_1"
+name = "RULER single 1"
+metric = "300"
+[[column]]
+task = "ifeval"
+name = "IFEval"
+metric = "prompt_level_strict_acc"
+""")
+    results = evaluate(str(tmp_path / "suite.toml"), str(folder), str(tmp_path / "out"))
+    assert results is not None
+    assert {task: column["documents"] for task, column in results["columns"].items()} == {
+        "niah_single_1": 3, "ifeval": 3
+    }  # fmt: skip
+    needles = [json.loads(line) for line in (tmp_path / "out/samples/niah_single_1.jsonl").read_text().splitlines()]
+    assert all("special magic" in line["text"] and len(line["text"]) > 300 for line in needles)
+    assert 0 <= results["columns"]["ifeval"]["score"] <= 1
 
 
 @pytest.mark.parametrize(

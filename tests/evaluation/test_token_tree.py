@@ -11,11 +11,13 @@ sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_si
 
 
 @settings(max_examples=200, deadline=None)
-@given(sequences, st.integers(1, 30), st.integers(1, 4))
-def test_a_token_sees_its_own_sequence(sequences: list[list[int]], max_tokens: int, window: int):
+@given(sequences, st.integers(1, 30), st.integers(1, 4), st.sampled_from([None, 1, 6]))
+def test_a_token_sees_its_own_sequence(
+    sequences: list[list[int]], max_tokens: int, window: int, enough_tokens: int | None
+):
     counts = [1 + number % len(sequence) for number, sequence in enumerate(sequences)]
     seen = []
-    for tree in token_trees(sequences, counts, max_tokens):
+    for tree in token_trees(sequences, counts, max_tokens, enough_tokens=enough_tokens):
         assert len(tree.tokens) <= max_tokens or len(tree.paths) == 1
         spans = {"global": Span(), "local": Span(window=window)}
         masks = tree_masks(torch.tensor(tree.depths), torch.tensor(tree.ends), spans)

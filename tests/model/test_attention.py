@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mobilellm_pro.model import attention_mask, key_exchange
+from mobilellm_pro.model import tiled_attention as tiled_attention_module
 from mobilellm_pro.model.attention import Attend
 from mobilellm_pro.model.attention_mask import BLOCK, DocumentMask, PackedRows, Positions, block_mask, dense_mask
 from mobilellm_pro.model.row_shard import RowShard, Span
@@ -242,6 +244,22 @@ def test_tiles_of_a_long_row_grow_with_its_length() -> None:
     rest = tiles(torch.zeros_like(half), half + 1)
     assert max((t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in rest) <= 2**26
     assert not any(tile.is_causal for tile in rest)
+
+
+@given(st.integers(0, 10**6))
+def test_tiles_of_any_two_numbers_a_query(seed: int) -> None:
+    """Whatever never goes down: a tile without a mask sees what the mask would say."""
+    rng = np.random.default_rng(seed)
+    end = torch.from_numpy(np.maximum.accumulate(1 + np.arange(40) + rng.integers(-3, 3, 40)).clip(1)).int()
+    first = torch.from_numpy(np.maximum.accumulate(rng.integers(0, 40, 40) * rng.integers(0, 2, 40))).int()
+    first = torch.minimum(first, end - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled_attention_module, "SMALLEST_TILE", 2)
+        cut = tiles(first[None], end[None])
+    assert [t.queries.start for t in cut] + [40] == [0] + [t.queries.stop for t in cut]
+    for tile in (tile for tile in cut if tile.is_causal):
+        mask = tile.mask(first[None], end[None])[0, 0]
+        assert torch.equal(mask, torch.ones_like(mask).tril())
 
 
 def test_the_beginning_of_a_document_is_one_tile_without_a_mask() -> None:

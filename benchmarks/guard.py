@@ -1,0 +1,94 @@
+"""Whether a commit made the training step slower: two commits of this repository on one machine, in turns.
+
+    python benchmarks/guard.py main HEAD                       # ratio of step times, with a 95 % interval
+    python benchmarks/guard.py main HEAD --way kl-cached --size 100m --fail-above 1.03
+
+Each commit is checked out beside the other and trains in a process of its own, in the same environment; both models lie
+in memory at once, a GPU's too. They take turns
+of three steps, the first of which does not count. A turn gives one ratio, of the means of its steps; the interval is
+that of their geometric mean, by resampling turns. With `--fail-above` the exit status is 1 where the whole interval
+lies above the ratio.
+"""
+
+import argparse
+import math
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from machine import ROOT
+from tqdm import tqdm
+from train_step import TURN, WAYS, Trainer
+
+DRAWS = 10_000
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before")
+    parser.add_argument("after")
+    parser.add_argument("--way", choices=WAYS, default="ce")
+    parser.add_argument("--size", choices=("debug", "100m", "1b"), default="debug")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--fail-above", type=float)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the checkouts are removed
+    steps = (arguments.turns + 1) * TURN
+    job = replace(WAYS[arguments.way], flavor=arguments.size, seq_len=arguments.seq_len, steps=steps)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
+        folder = Path(name)
+        trainers = []
+        for place, commit in enumerate((arguments.before, arguments.after)):
+            checkout(commit, folder / f"commit_{place}")
+            opened.callback(remove, folder / f"commit_{place}")
+            trainers.append(
+                opened.enter_context(Trainer(job, folder / f"run_{place}", root=folder / f"commit_{place}"))
+            )
+        ratios = []
+        for turn in tqdm(range(arguments.turns + 1), desc="turns"):
+            means = []
+            for trainer in trainers if turn % 2 else reversed(trainers):  # neither always comes after the other
+                trainer.ask("step")
+                means.append(statistics.mean(trainer.ask("step")["seconds"] for _ in range(TURN - 1)))
+            if not turn % 2:
+                means.reverse()
+            if turn:
+                ratios.append(means[1] / means[0])
+    low, middle, high = interval(ratios)
+    print(
+        f"{job.name}, {arguments.size}, {arguments.seq_len} tokens: a step of {arguments.after} takes {middle:.3f} of"
+    )
+    print(f"one of {arguments.before} (95 %: {low:.3f} to {high:.3f}, {len(ratios)} turns)")
+    sys.exit(arguments.fail_above is not None and low > arguments.fail_above)
+
+
+def checkout(commit: str, folder: Path) -> None:
+    """A commit's files; an error with git's words where there is no such commit, or it has no such benchmark."""
+    subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=ROOT, check=True)
+    if not (folder / "benchmarks/train_step_worker.py").is_file():
+        remove(folder)
+        sys.exit(f"error: {commit} has no benchmarks/train_step_worker.py; compare commits that have it")
+
+
+def remove(folder: Path) -> None:
+    """The files and git's note of them."""
+    subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=ROOT, check=False)
+
+
+def interval(ratios: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """(2.5 %, middle, 97.5 %) of the geometric mean, by resampling."""
+    rng, logs = random.Random(seed), [math.log(ratio) for ratio in ratios]
+    means = sorted(statistics.fmean(rng.choices(logs, k=len(logs))) for _ in range(DRAWS))
+    return math.exp(means[DRAWS // 40]), math.exp(statistics.fmean(logs)), math.exp(means[-DRAWS // 40])
+
+
+if __name__ == "__main__":
+    main()
