@@ -133,10 +133,10 @@ def test_a_block_mask_of_131_072_tokens() -> None:
     documents = documents.cumsum(1)
     assert documents.unique().numel() == 1000
     for span in (Span(), Span(window=512), Span(chunk=8192)):
-        start = time.perf_counter()
+        start = time.process_time()
         mask = PackedRows(documents).masks({"x": span})["x"]
         blocks = block_mask(mask.first, mask.end, mask.num_keys)
-        assert time.perf_counter() - start < 1 and mask.dense is None
+        assert time.process_time() - start < 1 and mask.dense is None
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             mask = PackedRows(documents).masks({"x": span})["x"]
