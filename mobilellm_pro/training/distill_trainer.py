@@ -32,7 +32,7 @@ from mobilellm_pro.training.hidden_state_cache import CacheWriter, attach_reader
 from mobilellm_pro.training.metrics import DistillMetrics
 from mobilellm_pro.training.online_evaluation import OnlineEvaluation, evaluate_online
 from mobilellm_pro.training.step_guard import GuardedOptimizers, StepGuard
-from mobilellm_pro.training.step_ranges import BACKWARD, DATA, LOSS, STUDENT, TEACHER, step_range
+from mobilellm_pro.training.step_ranges import BACKWARD, DATA, LOSS, STUDENT, TEACHER, profiler_without_gpu, step_range
 from mobilellm_pro.training.stop_request import StopRequest, in_words
 from mobilellm_pro.training.stragglers import CollectiveTimeouts
 
@@ -111,7 +111,7 @@ class DistillTrainer(Trainer):
         Raises:
             FloatingPointError, TimeoutError, CheckpointFailed: see `StepGuard`, `CollectiveTimeouts`, `RunCheckpoints`.
         """
-        with self._timeouts.explained():
+        with self._timeouts.explained(), profiler_without_gpu():
             super().train()
         if self.stopped:
             then = "start again to go on" if self.checkpointer.save_to_go_on(self.step) else "checkpoints are off"

@@ -1,9 +1,13 @@
 """Names of the parts of a training step, as a profiler shows them.
 
-What FSDP2 does (its all-gathers and reductions) it names itself, as
-"FSDP::...".
+What FSDP2 does (its all-gathers and reductions) it names itself, as "FSDP::...".
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch.profiler import record_function
 
 DATA = "step: data"
@@ -20,3 +24,18 @@ of the last hidden states there: the backward pass begins with those."""
 
 step_range = record_function
 """`with step_range(DATA): ...`"""
+
+
+@contextmanager
+def profiler_without_gpu() -> Iterator[None]:
+    """Around torchtitan's loop, which where there is no GPU asks torch's profiler to watch `None` beside the CPU."""
+    profile = torch.profiler.profile
+
+    def of_what_is_there(*, activities: list[Any], **options: Any) -> Any:
+        return profile(activities=[activity for activity in activities if activity is not None], **options)
+
+    vars(torch.profiler).update(profile=of_what_is_there)
+    try:
+        yield
+    finally:
+        vars(torch.profiler).update(profile=profile)

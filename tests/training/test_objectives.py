@@ -1,5 +1,6 @@
 """What is minimised, with what weights, and what of it is logged."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from torchtitan.config import Optimizer
 
 from mobilellm_pro.training.run_folder import read_metrics
+from mobilellm_pro.training.step_ranges import STEP_RANGES
 from mobilellm_pro.training.train_spec import build_optimizers
 from tests.training.small_world import SmallWorld, losses
 
@@ -54,6 +56,14 @@ def test_compute_saving_switches_change_no_number(world: SmallWorld) -> None:
         "workers": ("--training.dataloader.num_workers", "2"),
     }.items():
         assert losses(world.run(f"objectives/{name}", 1, *extra)) == pytest.approx(plain, rel=1e-6), name
+
+
+def test_a_profile_has_the_parts_of_a_step(world: SmallWorld) -> None:
+    profiled = ("--profiling.enable_profiling", "--profiling.profile_freq", "4", "--training.steps", "4")
+    folder = world.run("objectives/profiled", 1, *profiled)
+    (trace,) = (folder / "profile_traces").rglob("*_trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert names.issuperset(STEP_RANGES)
 
 
 @pytest.mark.slow
