@@ -2,9 +2,11 @@
 
     mobilellm-pro fetch-evaluation outputs/debug/evaluation_data
     python benchmarks/evaluation_speed.py
+    python benchmarks/evaluation_speed.py --size 30m      # with a vocabulary of 4,096
 
 A student with random weights, exported and loaded by both; tasks of real documents, several answers to a question. Both
-get the same requests, turn by turn; times are of answering only, not of loading or of building prompts.
+get the same requests, turn by turn; times are of answering only, not of loading or of building prompts. The 100m has
+the vocabulary of the 1b, and needs its tokenizer: `pip install --no-deps llama-models==0.3.0`.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from mobilellm_pro.model.student import FLAVORS, Student
 TASKS = ("openbookqa", "piqa", "social_iqa", "boolq")
 SIZES = {
     "debug": FLAVORS["debug"],
+    "100m": FLAVORS["100m"],
     "30m": replace(
         FLAVORS["1b"], vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
         num_attention_heads=8, num_key_value_heads=2, sliding_window=128, global_layers=(0, 4, 8, 11),
@@ -44,7 +47,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "outputs/debug/evaluation_data")
-    parser.add_argument("--size", choices=SIZES, default="30m")
+    parser.add_argument("--size", choices=SIZES, default="100m")
     parser.add_argument("--limit", type=int, default=48, help="documents of each task")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -69,7 +72,8 @@ def main() -> None:
     settings = f"Size {arguments.size}, float32, {torch.get_num_threads()} threads"
     rows = f"`hf` with rows of {arguments.batch_size}, the first {arguments.limit} documents"
     lines += ["", f"{settings}; {rows}, median of {arguments.rounds} rounds."]
-    lines += ["", "Doubts: random weights; a small model, of which the harness' own work is a larger part."]
+    lines += ["", "Doubts: random weights; a small model, of which the harness' own work is a larger part. Of questions"]
+    lines += ["answered with one token each (BoolQ), `hf` as well computes the question once; it makes logits of every token."]
     if arguments.write:
         write_atomically(arguments.write, "\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -116,8 +120,8 @@ def write_student(folder: Path, size: str) -> None:
     torch.manual_seed(0)
     student = Student(SIZES[size])
     student.init_weights()
-    tokenizer = ROOT / "tests/assets/debug_tokenizer.model"
-    write_description(LoadedModel(student, str(tokenizer), 2048), folder, "float32")
+    tokenizer = "llama4" if size == "100m" else str(ROOT / "tests/assets/debug_tokenizer.model")
+    write_description(LoadedModel(student, tokenizer, 2048), folder, "float32")
     tensors = {hugging_face_name(name): tensor for name, tensor in student.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

@@ -11,11 +11,11 @@ Shape suffixes: C tokens of a chunk, N tokens of a tile, V vocabulary slice of t
 import torch
 from torch import Tensor
 
-# Rows of the head per product in fp32 on CPU. The library packs the right-hand matrix, which for a few hundred tokens
-# and a head that fits no cache costs as much as the product; with the head on the left, in blocks that stay in cache,
-# it packs the hidden states, at the price of a copy that turns the result around.
+# Rows of the head per product in fp32 on CPU, few enough for a cache. The library packs the right-hand matrix, which is
+# the head. Where tokens are few beside the width, that costs as much as the product: with the head on the left it packs
+# the hidden states, at the price of a copy that turns the result around.
 BLOCK_ROWS = 2048
-FEW_TOKENS, LARGE_HEAD_BYTES = 512, 16 * 2**20
+WIDTH_OF_FEW_TOKENS = 6  # times their number
 
 
 class ChunkLogits:
@@ -58,17 +58,13 @@ class ChunkLogits:
         self.num_tokens = hidden_CD.shape[0]
         if self.native_fp32:
             torch.mm(hidden_CD, self.head_VD.T, out_dtype=torch.float32, out=self.values_CV)
-        elif self._product_pays_by_blocks():
+        elif self._values.device.type == "cpu" and self._values.dtype != torch.bfloat16:
             _product_by_blocks(hidden_CD, self.head_VD, self.values_CV)
         else:
             torch.mm(hidden_CD, self.head_VD.T, out=self.values_CV)
         if self._low is not None:
             low_CV = self._low[: self.num_tokens]
             torch.addmm(self.values_CV, hidden_CD, self.head_VD.T, beta=-1, out=low_CV)
-
-    def _product_pays_by_blocks(self) -> bool:
-        on_cpu = self._values.device.type == "cpu" and self._values.dtype == torch.float32
-        return on_cpu and self.num_tokens < FEW_TOKENS and self.head_VD.nbytes > LARGE_HEAD_BYTES
 
     def tile(self, rows: slice, out_NV: Tensor) -> Tensor:
         """[N, V] logits of these tokens in the dtype of `out_NV`, which is fp32 or fp64.
@@ -82,7 +78,11 @@ class ChunkLogits:
 
 
 def _product_by_blocks(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
-    hidden_DC = hidden_CD.T.contiguous()
+    num_tokens, width = hidden_CD.shape
+    hidden_DC = hidden_CD.T.contiguous() if WIDTH_OF_FEW_TOKENS * num_tokens <= width else None
     for begin in range(0, head_VD.shape[0], BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
-        out_CV[:, block].copy_((head_VD[block] @ hidden_DC).T)
+        if hidden_DC is None:
+            torch.mm(hidden_CD, head_VD[block].T, out=out_CV[:, block])
+        else:
+            out_CV[:, block].copy_((head_VD[block] @ hidden_DC).T)

@@ -143,7 +143,12 @@ def _sweep_tile(
             here.teacher_label_logit.copy_(label_logit(y_NV, labels))
     if factors is not None:
         tile_factors = Factors(*(None if f is None else f[rows] for f in factors))
-        chunk.student.gradient_CV[rows] = _gradient(q, q_1, p, labels, whole, tile_factors)
+        gradient_NV = chunk.student.gradient_CV[rows]
+        # Terms are added up in the dtype of the sweep, where the gradient has it right in its own place.
+        out_NV = gradient_NV if gradient_NV.dtype == q.shares.dtype else q.shares
+        _write_gradient(out_NV, q, q_1, p, labels, whole, tile_factors)
+        if out_NV is not gradient_NV:
+            gradient_NV.copy_(out_NV)
 
 
 class TileSoftmax(NamedTuple):
@@ -168,35 +173,37 @@ class TileSoftmax(NamedTuple):
         """[N] sum_v probability times value, by way of `work_NV`, which may be the values themselves."""
         return torch.mul(self.shares, values_NV, out=work_NV).sum(1) / self.total
 
-    def scaled_(self, factor_N: Tensor, whole_log_sum_N: Tensor) -> Tensor:
-        """factor times the probabilities over the whole vocabulary, in place."""
+    def scaled(self, factor_N: Tensor, whole_log_sum_N: Tensor, out_NV: Tensor | None = None) -> Tensor:
+        """factor times the probabilities over the whole vocabulary, in `out_NV` or in the place of the shares."""
         scale_N = factor_N * (self.log_sum - whole_log_sum_N).exp() / self.total
-        return self.shares.mul_(scale_N[:, None])
+        return torch.mul(self.shares, scale_N[:, None], out=self.shares if out_NV is None else out_NV)
 
 
-def _gradient(
+def _write_gradient(
+    out_NV: Tensor,
     q: TileSoftmax,
     q_1: TileSoftmax,
     p: TileSoftmax | None,
     labels: Tensor | None,
     whole: FullTeacherStatistics,
     factors: Factors,
-) -> Tensor:
+) -> None:
     kl_N, ce_N = factors
-    if kl_N is None:
-        gradient_NV = torch.zeros_like(q.shares) if ce_N is None else q_1.scaled_(ce_N, whole.log_sum_1)
-    else:
+    if kl_N is not None:
         both = ce_N is not None and q_1 is q
-        gradient_NV = q.scaled_(kl_N + ce_N if both else kl_N, whole.log_sum)  # type: ignore[operator]
+        q.scaled(kl_N + ce_N if both else kl_N, whole.log_sum, out_NV)  # type: ignore[operator]
         if p is not None:
             # Not fused with the scaling above: equal logits give exactly 0 only if both sides are rounded alike.
-            gradient_NV.sub_(p.scaled_(kl_N, whole.teacher_log_sum))
+            out_NV.sub_(p.scaled(kl_N, whole.teacher_log_sum))
         if ce_N is not None and not both:
-            gradient_NV.add_(q_1.scaled_(ce_N, whole.log_sum_1))
+            out_NV.add_(q_1.scaled(ce_N, whole.log_sum_1))
+    elif ce_N is not None:
+        q_1.scaled(ce_N, whole.log_sum_1, out_NV)
+    else:
+        out_NV.zero_()
     if ce_N is not None and labels is not None:
-        inside, index = inside_slice(labels, gradient_NV.shape[1])
-        gradient_NV.scatter_add_(1, index[:, None], -(ce_N * inside)[:, None])
-    return gradient_NV
+        inside, index = inside_slice(labels, out_NV.shape[1])
+        out_NV.scatter_add_(1, index[:, None], -(ce_N * inside)[:, None])
 
 
 def tile_height(head_VD: Tensor) -> int:

@@ -115,12 +115,11 @@ def _sweep_tile(
     gradient_NV = torch.zeros_like(q.shares)
     if factors.ce is not None and chunk.labels is not None:
         present_N, label_N = inside_slice(chunk.labels[rows], vocabulary)
-        # A copy, since both terms may scale the same softmax.
-        gradient_NV = q_1._replace(shares=q_1.shares.clone()).scaled_(factors.ce[rows], whole.log_sum_1)
+        q_1.scaled(factors.ce[rows], whole.log_sum_1, gradient_NV)  # not in place: both terms may scale one softmax
         gradient_NV.scatter_add_(1, label_N[:, None], -(factors.ce[rows] * present_N)[:, None])
     if factors.kl is not None:
         kl_N = factors.kl[rows]
-        gradient_NV.add_(q.scaled_(kl_N * (whole.mass + whole.tail), whole.log_sum))
+        gradient_NV.add_(q.scaled(kl_N * (whole.mass + whole.tail), whole.log_sum))
         finite_N = torch.where(whole.tail_log_sum.isneginf(), 0, whole.tail_log_sum)
         gradient_NV.sub_(tail_NV.sub_(finite_N[:, None]).exp_().mul_((kl_N * whole.tail)[:, None]))
         gradient_NV.scatter_add_(1, index_NK, -(kl_N[:, None] * p_NK * inside_NK))
