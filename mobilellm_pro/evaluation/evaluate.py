@@ -22,7 +22,7 @@ from mobilellm_pro.evaluation.comparison import compare_evaluations
 from mobilellm_pro.evaluation.evaluation_folder import DONE, RESULTS, SETTINGS, TABLE, task_file, write_results
 from mobilellm_pro.evaluation.ranks import join_ranks, wait_for_ranks, world_size
 from mobilellm_pro.evaluation.suite import Suite, check_suite, load_suite
-from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_columns, task_manager
+from mobilellm_pro.evaluation.suite_run import SuiteRun
 from mobilellm_pro.model.checkpoint import find_checkpoint
 from mobilellm_pro.training.run_folder import describe_environment
 
@@ -76,12 +76,7 @@ def evaluate(
     """
     if find_spec("lm_eval") is None:
         raise ValueError("this needs lm-eval, which the extra `eval` installs: pip install 'mobilellm-pro[eval]'")
-    chosen = load_suite(suite)
-    given: dict[str, Any] = {"data": data, "limit": limit, "only": only}
-    chosen = replace(chosen, **{key: value for key, value in given.items() if value is not None})
-    check_suite(chosen, suite)
-    if chosen.data and not Path(chosen.data).is_dir():
-        raise FileNotFoundError(f"{chosen.data}: no such folder of evaluation data; correct data of {suite}, or --data")
+    chosen = _chosen(suite, data=data, limit=limit, only=only)
     folder, begin, number = Path(output), time.monotonic(), join_ranks()
     if overwrite and number == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,17 +86,16 @@ def evaluate(
     if not (folder / DONE).is_file():
         from mobilellm_pro.evaluation.harness_model import CheckpointModel  # imports lm-eval
 
-        manager = task_manager(chosen, folder)
-        check_names(chosen, suite, manager.all_tasks, allow_code=allow_code)
+        run = SuiteRun(chosen, suite, folder, allow_code=allow_code)
         model = CheckpointModel(checkpoint, max_length=chosen.max_length, tree_tokens=tree_tokens, batch_size=batch,
                                 dtype=dtype, device=device, quantize=quantize)  # fmt: skip
-        check_data(chosen, suite, manager, model.max_length)
+        run.check_data(model.max_length)
         _agree(folder, settings, begin=True)
         todo = [column for column in chosen.columns if not task_file(folder, column.task).is_file()]
         wait_for_ranks()  # every one has seen the same files
         # A rank's answers alone are not what all ranks would go on from.
         answers = folder / "responses" if world_size() == 1 else None
-        evaluate_columns(chosen, todo, model, manager, folder, allow_code=allow_code, answers=answers)
+        run.evaluate(todo, model, folder, answers=answers)
         if number == 0:
             write_results(folder, chosen, _record(settings, begin))
     if number:
@@ -110,6 +104,15 @@ def evaluate(
     if compare:
         compare_evaluations([folder, *compare], folder / "comparison")
     return json.loads((folder / RESULTS).read_text())
+
+
+def _chosen(path: str, **given: Any) -> Suite:
+    """A suite's file, with what the command line says otherwise."""
+    suite = replace(load_suite(path), **{key: value for key, value in given.items() if value is not None})
+    check_suite(suite, path)
+    if suite.data and not Path(suite.data).is_dir():
+        raise FileNotFoundError(f"{suite.data}: no such folder of evaluation data; correct data of {path}, or --data")
+    return suite
 
 
 def _agree(folder: Path, settings: dict[str, Any], *, begin: bool) -> None:

@@ -207,11 +207,11 @@ class HarnessModel(TemplateLM):
         """This project's needle test, as `needle_task` gives it; a collective of all ranks.
 
         Raises:
-            ValueError: the model is a program, or a prompt is too long.
+            ValueError: the model is a program.
         """
         if not isinstance(self._model, StudentModel):
             raise ValueError("the needle test runs students in memory; leave the column out for a program")
-        return needle_task(self._model.student, self._text, settings, metric, self.max_length)
+        return needle_task(self._model.student, self._text, settings, metric)
 
 
 @register_model("mobilellm_pro")

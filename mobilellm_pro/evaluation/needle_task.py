@@ -14,7 +14,7 @@ from mobilellm_pro.model.student import Student
 
 
 def needle_task(
-    student: Student, tokenizer: Tokenizer, settings: NeedleTable, metric: str, max_length: int
+    student: Student, tokenizer: Tokenizer, settings: NeedleTable, metric: str
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Runs the test; a collective of all ranks.
 
@@ -23,17 +23,14 @@ def needle_task(
         tokenizer: the student's.
         settings: grid and text.
         metric: what the share of cells found is called.
-        max_length: tokens of the longest prompt that the student can read.
 
     Returns:
         scores and documents, as lm-eval has them.
 
     Raises:
-        ValueError: a prompt is too long, or too short for its question.
+        ValueError: a prompt is too short for its question.
     """
     grid = Grid.of(settings)
-    if max(grid.lengths) > max_length:
-        raise ValueError(f"needle.lengths: {max(grid.lengths)} tokens for a model of {max_length}; give shorter ones")
     haystack = open_haystack(settings.haystack or None, tokenizer)
     check_prompts(grid, haystack, tokenizer)
     found = needle_score(student, tokenizer, grid=grid, haystack=haystack, batch=settings.batch)

@@ -7,19 +7,15 @@ what `evaluate` writes.
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mobilellm_pro.config.job_config import Evaluation
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.evaluation_folder import DONE
 from mobilellm_pro.evaluation.ranks import gathered
-from mobilellm_pro.evaluation.suite import Suite, load_suite
-from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_in_memory, task_manager
+from mobilellm_pro.evaluation.suite import load_suite
+from mobilellm_pro.evaluation.suite_run import SuiteRun
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 
 class OnlineSuite:
@@ -41,20 +37,15 @@ class OnlineSuite:
         self._folder = run_folder / self.name
 
     @cached_property
-    def _suite(self) -> Suite:
-        return load_suite(self._file)
-
-    @cached_property
-    def _manager(self) -> "TaskManager":
-        return task_manager(self._suite, self._folder)
+    def _run(self) -> SuiteRun:
+        return SuiteRun(load_suite(self._file), self._file, self._folder)
 
     def problems(self) -> list[str]:
         """A suite that cannot be read, tasks that nobody knows or that run code, data that is not there."""
         if find_spec("lm_eval") is None:
             return ["evaluation.suite needs lm-eval: pip install 'mobilellm-pro[eval]', or leave the key empty"]
         try:
-            check_names(self._suite, self._file, self._manager.all_tasks, allow_code=False)
-            check_data(self._suite, self._file, self._manager, self._max_tokens)
+            self._run.check_data(self._max_tokens)
         except (ValueError, OSError) as error:
             return [f"[evaluation]: {error}"]
         return []
@@ -71,7 +62,7 @@ class OnlineSuite:
         """
         text_model = StudentModel(model, self._max_tokens)
         tokenizer, folder = Tokenizer.load(self._tokenizer), self._folder / f"step-{step}"
-        results = evaluate_in_memory(self._suite, text_model, tokenizer, self._manager, folder, f"step {step}")
+        results = self._run.evaluate_in_memory(text_model, tokenizer, folder, f"step {step}")
         scores = {
             name: 100 * one["score"] for part in ("columns", "averages") for name, one in results.get(part, {}).items()
         }

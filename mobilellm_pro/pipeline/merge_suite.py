@@ -6,7 +6,7 @@ from typing import Any
 
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.suite import load_suite
-from mobilellm_pro.evaluation.suite_run import check_data, check_names, evaluate_in_memory, task_manager
+from mobilellm_pro.evaluation.suite_run import SuiteRun
 from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.student import Student
 
@@ -24,15 +24,14 @@ class SuiteErrors:
         Raises:
             ValueError: the suite cannot be read, or names tasks that nobody knows or whose data is missing.
         """
-        self._suite, self._tokenizer, self._max_tokens = load_suite(suite), tokenizer, max_tokens
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._scratch = tempfile.TemporaryDirectory()  # removed with this object
-        self._manager = task_manager(self._suite, Path(self._scratch.name))
-        check_names(self._suite, suite, self._manager.all_tasks, allow_code=False)
-        check_data(self._suite, suite, self._manager, max_tokens)
+        self._run = SuiteRun(load_suite(suite), suite, Path(self._scratch.name))
+        self._run.check_data(max_tokens)
 
     def __call__(self, model: Student, text: Any) -> dict[str, float]:
         """Of each column; the text of the domains is not read."""
         text_model = StudentModel(model, self._max_tokens)
         folder = Path(self._scratch.name) / "merged"
-        results = evaluate_in_memory(self._suite, text_model, self._tokenizer, self._manager, folder, "merged")
+        results = self._run.evaluate_in_memory(text_model, self._tokenizer, folder, "merged")
         return {task: 1 - column["score"] for task, column in results["columns"].items()}

@@ -166,6 +166,7 @@ def test_a_stopped_evaluation_goes_on(
         ((f'"{DATA}"', '"."'), "hf download --repo-type dataset baber/piqa"),
         (('task = "piqa"', 'task = "humaneval_sandboxed"'), "--allow-code"),
         (("limit = 6", "limit = 6\nmax_length = 16"), "nq_open asks for 256 new tokens of a model of 16"),
+        (('task = "piqa"', 'task = "needle"'), "needle.lengths: 131072 tokens for a model of"),
     ],
 )
 def test_mistakes(folder: Path, suite: Path, tmp_path: Path, change: tuple[str, str], said: str):
