@@ -6,13 +6,13 @@ this late, adjusts some in silence and misses some.
 """
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 
 from mobilellm_pro.config.config_error import Issue, Problem
+from mobilellm_pro.config.converter_checks import check_converter_machine, check_converters
 from mobilellm_pro.config.distillation_checks import check_attention, check_data, check_distill
 from mobilellm_pro.config.evaluation_checks import check_needle, check_suite, check_validation
-from mobilellm_pro.config.job_config import QAT, JobConfig
+from mobilellm_pro.config.job_config import JobConfig
 from mobilellm_pro.config.mesh_checks import check_data_parallelism
 from mobilellm_pro.config.no_effect import check_no_effect
 from mobilellm_pro.config.teacher_checks import (
@@ -49,7 +49,7 @@ def check_machine(config: JobConfig, device_type: str) -> list[Problem]:
         problems.append(
             Problem("machine", "metrics.enable_wandb", "true, without wandb", "`pip install wandb` or false")
         )
-    return problems + list(check_teacher_machine(config, device_type))
+    return [*problems, *check_teacher_machine(config, device_type), *check_converter_machine(config, device_type)]
 
 
 def _positive(config: JobConfig) -> Iterator[Issue]:
@@ -197,20 +197,6 @@ def _loader(config: JobConfig) -> Iterator[Issue]:
                 yield Issue(keys, f"{getattr(loader, name)} without workers", f"{key}.num_workers above 0")
 
 
-def _converters(config: JobConfig) -> Iterator[Issue]:
-    for converter in config.model.converters:
-        if converter != QAT:
-            yield Issue(("model.converters",), f'"{converter}"', f'"{QAT}" or nothing: no float8 or MX training')
-    keys, scheme = ("quantization.scheme", "model.converters"), config.quantization.scheme
-    if (QAT in config.model.converters) != (scheme != "none"):
-        found = f'"{scheme}" with model.converters = {json.dumps(config.model.converters)}'
-        yield Issue(keys, found, f'a scheme and model.converters = ["{QAT}"], or neither')
-    elif scheme != "none" and config.model.name != "mobilellm_pro":
-        yield Issue(("quantization.scheme", "model.name"), f'"{scheme}" of a teacher', "a student")
-    if not 0 < config.quantization.range_lr < 1:
-        yield Issue(("quantization.range_lr",), str(config.quantization.range_lr), "a rate between 0 and 1")
-
-
 _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     check_no_effect,
     check_distill,
@@ -230,5 +216,5 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Issue]], ...] = (
     _compile,
     check_validation,
     _loader,
-    _converters,
+    check_converters,
 )

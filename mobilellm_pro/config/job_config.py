@@ -180,8 +180,8 @@ class Data:
     """When a corpus would pass its `max_epochs` before the last step: refuse to start, or stop before that step."""
 
 
-QAT = "qat"
-"""Of `model.converters`."""
+QAT, FLOAT8 = "qat", "quantize.linear.float8"
+"""Of `model.converters`: ours, which [quantization] sets up, and torchtitan's, of [quantize.linear.float8]."""
 
 
 @dataclass

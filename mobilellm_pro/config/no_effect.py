@@ -19,7 +19,7 @@ _PIPELINE = "nothing: no pipeline parallelism; use FSDP, tensor or context paral
 _EXPERTS = "nothing: the student has no experts; the teacher's degree is teacher.parallelism.expert_parallel_degree"
 _CONTEXT = "nothing: keys travel as far as the kind of layer looks; attention.context_layout says what a rank holds"
 _FAULT_TOLERANCE = "nothing: a run restarts from its last checkpoint instead"
-_LOW_PRECISION = "nothing: no float8 or MX training"
+_LOW_PRECISION = "nothing: of torchtitan's converters there is that of float8 for linear layers"
 
 NO_EFFECT: dict[str, str] = {
     "job.config_file": "the file as the first word of the command",
@@ -50,7 +50,8 @@ NO_EFFECT: dict[str, str] = {
     "checkpoint.last_save_in_hf": "nothing: `mobilellm-pro convert` writes a complete Hugging Face folder",
     "checkpoint.initial_load_in_hf_quantized": "an unquantized checkpoint",
     "fault_tolerance": _FAULT_TOLERANCE,
-    "quantize": _LOW_PRECISION,
+    "quantize.linear.mx": _LOW_PRECISION,
+    "quantize.grouped_mm": _LOW_PRECISION,
     "memory_estimation": "nothing: `mobilellm-pro validate` checks a job",
     "comm.mode": "default; `mobilellm-pro validate --world-size N` checks a job for N processes",
     "debug.moe_force_load_balance": "nothing: the teacher routes as it was trained",
@@ -58,20 +59,22 @@ NO_EFFECT: dict[str, str] = {
 
 
 def has_no_effect(key: str) -> bool:
-    """Whether a dotted key, or the section it is in, is listed here."""
+    """Whether a dotted key, or a section that it is in, is listed here."""
+    return _cure(key) is not None
+
+
+def _cure(key: str) -> str | None:
     parts = key.split(".")
-    return any(".".join(parts[:count]) in NO_EFFECT for count in range(1, len(parts) + 1))
+    sections = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next((NO_EFFECT[section] for section in sections if section in NO_EFFECT), None)
 
 
 def check_no_effect(config: JobConfig) -> Iterator[Issue]:
     """One issue for every listed key that is not at its default."""
     default = JobConfig()
     for key, _ in all_keys(JobConfig):
-        if not has_no_effect(key):
-            continue
         value = value_at(config, key)
-        if value != value_at(default, key):
-            cure = NO_EFFECT.get(key) or NO_EFFECT[key.split(".")[0]]
+        if (cure := _cure(key)) and value != value_at(default, key):
             yield Issue((key,), f"{value!r}, which has no effect here", cure)
 
 

@@ -104,7 +104,19 @@ CASES = [
         {"compile__enable": True, "compile__components": ["model"], "parallelism__tensor_parallel_degree": 2},
         "compile.enable",
     ),
-    ({"model__converters": ["quantize.linear.float8"]}, "model.converters"),
+    ({"model__converters": ["quantize.linear.mx"]}, "model.converters"),
+    ({"model__converters": ["quantize.linear.float8"], "parallelism__tensor_parallel_degree": 2}, "model.converters"),
+    ({"model__converters": ["quantize.linear.float8"], "training__seq_len": 1000}, "training.seq_len"),
+    (
+        {
+            "model__converters": ["quantize.linear.float8"],
+            "quantize__linear__float8__emulate": True,
+            "compile__enable": True,
+            "compile__components": ["model"],
+        },
+        "quantize.linear.float8.emulate",
+    ),
+    ({"quantize__linear__mx__recipe_name": "mxfp8_emulated"}, "quantize.linear.mx.recipe_name"),
     ({"training__dataset": "c4"}, "training.dataset"),
     ({"fault_tolerance__enable": True}, "fault_tolerance.enable"),
     ({"parallelism__pipeline_parallel_degree": 2}, "parallelism.pipeline_parallel_degree"),
@@ -206,3 +218,15 @@ def test_a_gpu_kernel_without_a_gpu():
     config = valid(distill__impl="triton")
     assert [problem.key for problem in check_machine(config, "cpu")] == ["distill.impl"]
     assert check_machine(config, "cuda") == []
+
+
+def test_float8_is_no_quantization():
+    config = valid(model__converters=["qat", "quantize.linear.float8"], quantization__scheme="cpu")
+    assert check_keys(config)[0].expected == "one of them: a weight has one low precision"
+
+
+def test_float8_needs_a_gpu_or_patience():
+    config = valid(model__converters=["quantize.linear.float8"])
+    assert [problem.key for problem in check_machine(config, "cpu")] == ["model.converters"]
+    config.quantize.linear.float8.emulate = True
+    assert check_machine(config, "cpu") == [] and check_keys(config) == []
