@@ -56,12 +56,15 @@ def tiles(first: Tensor, end: Tensor) -> list[Tile]:
     seen = int((end - first).double().mean())
     block = max(1, min(max(seen, SMALLEST_TILE), LARGEST_TILE, TILE_ELEMENTS // int(end.max())))
     rows = [slice(None)] if len(first) == 1 else [slice(row, row + 1) for row in range(len(first))]
-    return [
+    found = []
+    for row, oldest, newest in zip(rows, first, end, strict=True):
+        cuts = list(_cuts(oldest, newest, block))
         # Neither number goes down along a row: the first query of a tile has its oldest key, the last its newest.
-        Tile(row, slice(begin, last), slice(int(oldest[begin]), int(newest[last - 1])), is_causal)
-        for row, oldest, newest in zip(rows, first, end, strict=True)
-        for begin, last, is_causal in _cuts(oldest, newest, block)
-    ]
+        low = oldest[[begin for begin, _, _ in cuts]].tolist()
+        high = newest[[last - 1 for _, last, _ in cuts]].tolist()
+        for (begin, last, is_causal), from_key, to_key in zip(cuts, low, high, strict=True):
+            found.append(Tile(row, slice(begin, last), slice(from_key, to_key), is_causal))
+    return found
 
 
 def _cuts(first: Tensor, end: Tensor, block: int) -> Iterator[tuple[int, int, bool]]:
@@ -70,11 +73,12 @@ def _cuts(first: Tensor, end: Tensor, block: int) -> Iterator[tuple[int, int, bo
     # A square begins with a query that sees itself alone, and goes on while the others see from there to themselves.
     begin = torch.where(end - first == 1, place, 0).cummax(0).values
     square = (first == first[begin]) & (end - first == place - begin + 1)
-    edges = torch.where(square & (begin == place), 1, 0) + torch.where(square.diff(prepend=square[:1]), 1, 0)
+    is_corner = square & (begin == place)
+    edges = is_corner | square.diff(prepend=square[:1])
     bounds = [0, *edges[1:].nonzero().flatten().add(1).tolist(), len(first)]
     rest = 0
-    for low, high in pairwise(bounds):
-        if int(begin[low]) == low and bool(square[low]) and high - low >= SMALLEST_TILE:
+    for (low, high), corner in zip(pairwise(bounds), is_corner[bounds[:-1]].tolist(), strict=True):
+        if corner and high - low >= SMALLEST_TILE:
             yield from ((cut, min(cut + block, low), False) for cut in range(rest, low, block))
             yield low, high, True
             rest = high
