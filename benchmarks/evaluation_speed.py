@@ -72,8 +72,11 @@ def main() -> None:
     settings = f"Size {arguments.size}, float32, {torch.get_num_threads()} threads"
     rows = f"`hf` with rows of {arguments.batch_size}, the first {arguments.limit} documents"
     lines += ["", f"{settings}; {rows}, median of {arguments.rounds} rounds."]
-    lines += ["", "Doubts: random weights; a small model, of which the harness' own work is a larger part. Of questions"]
-    lines += ["answered with one token each (BoolQ), `hf` as well computes the question once; it makes logits of every token."]
+    lines += [
+        "",
+        "Doubts: random weights; a small model, of which the harness' own work is a larger part. Where answers are",
+    ]
+    lines += ["of one token (BoolQ), `hf` as well computes a question once, but it makes the logits of all its tokens."]
     if arguments.write:
         write_atomically(arguments.write, "\n".join(lines) + "\n")
     print("\n".join(lines))
