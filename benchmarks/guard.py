@@ -3,16 +3,14 @@
     python benchmarks/guard.py main HEAD                       # ratio of step times, with a 95 % interval
     python benchmarks/guard.py main HEAD --way kl-cached --size 100m --fail-above 1.03
 
-Each commit is checked out beside the other and trains in a process of its own, in the same environment; both models lie
-in memory at once, a GPU's too. They take turns
-of three steps, the first of which does not count. A turn gives one ratio, of the means of its steps; the interval is
-that of their geometric mean, by resampling turns. With `--fail-above` the exit status is 1 where the whole interval
-lies above the ratio.
+Each commit is checked out beside the other, writes its own data and trains in a process of its own, under this
+checkout's benchmark and in its environment; both models lie in memory at once, a GPU's too. They take turns of three
+steps, the first of which does not count. A turn gives one ratio, of the means of its steps; the interval is that of
+their geometric mean, by resampling turns. With `--fail-above` the exit status is 1 where the whole interval lies above
+the ratio.
 """
 
 import argparse
-import math
-import random
 import signal
 import statistics
 import subprocess
@@ -22,11 +20,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from machine import ROOT
+from machine import ROOT, interval
 from tqdm import tqdm
-from train_step import TURN, WAYS, Trainer
-
-DRAWS = 10_000
+from train_step import TURN, WAYS, Trainer, write_world
 
 
 def main() -> None:
@@ -47,11 +43,11 @@ def main() -> None:
         folder = Path(name)
         trainers = []
         for place, commit in enumerate((arguments.before, arguments.after)):
-            checkout(commit, folder / f"commit_{place}")
-            opened.callback(remove, folder / f"commit_{place}")
-            trainers.append(
-                opened.enter_context(Trainer(job, folder / f"run_{place}", root=folder / f"commit_{place}"))
-            )
+            root, world = folder / f"commit_{place}", folder / f"world_{place}"
+            checkout(commit, root)
+            opened.callback(remove, root)
+            write_world([job], world, root)
+            trainers.append(opened.enter_context(Trainer(job, world, folder / f"run_{place}", root)))
         ratios = []
         for turn in tqdm(range(arguments.turns + 1), desc="turns"):
             means = []
@@ -71,23 +67,14 @@ def main() -> None:
 
 
 def checkout(commit: str, folder: Path) -> None:
-    """A commit's files; an error with git's words where there is no such commit, or it has no such benchmark."""
-    subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=ROOT, check=True)
-    if not (folder / "benchmarks/train_step_worker.py").is_file():
-        remove(folder)
-        sys.exit(f"error: {commit} has no benchmarks/train_step_worker.py; compare commits that have it")
+    """A commit's files; git says where there is no such commit."""
+    if subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=ROOT).returncode:
+        sys.exit(f"error: git cannot check out {commit}; name commits of {ROOT}")
 
 
 def remove(folder: Path) -> None:
     """The files and git's note of them."""
     subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=ROOT, check=False)
-
-
-def interval(ratios: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """(2.5 %, middle, 97.5 %) of the geometric mean, by resampling."""
-    rng, logs = random.Random(seed), [math.log(ratio) for ratio in ratios]
-    means = sorted(statistics.fmean(rng.choices(logs, k=len(logs))) for _ in range(DRAWS))
-    return math.exp(means[DRAWS // 40]), math.exp(statistics.fmean(logs)), math.exp(means[-DRAWS // 40])
 
 
 if __name__ == "__main__":

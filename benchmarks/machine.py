@@ -4,15 +4,17 @@ Importing it puts the repository on the path, since references and baselines are
 """
 
 import argparse
+import math
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -128,3 +130,10 @@ def proportional_bytes(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def interval(ratios: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(2.5 %, middle, 97.5 %) of the geometric mean of ratios, by resampling them."""
+    rng, logs = random.Random(0), [math.log(ratio) for ratio in ratios]
+    means = sorted(statistics.fmean(rng.choices(logs, k=len(logs))) for _ in range(draws))
+    return math.exp(means[draws // 40]), math.exp(statistics.fmean(logs)), math.exp(means[-draws // 40])

@@ -7,14 +7,14 @@
 Every way is a trainer in a process of its own, with the same shape and the same text. On a CPU all are built first and
 then take turns of three steps, the first of which does not count, so that what disturbs one disturbs all; on a GPU,
 whose memory they would not share, one comes after another. A step is all of it: data, models, loss, backward pass,
-clipping, optimizer. Ratios are of medians.
+clipping, optimizer. Times are medians of steps. Ratios are of the turns' means: a turn gives one, they are averaged
+geometrically, and the 95 % interval is by resampling turns. A way that fails is named, and the others go on.
 
 `ce-global` computes what torchtitan's model computes but for its second vocabulary matrix, which is only looked up.
 Operations a token are counted as `get_nparams_and_flops` of our student does, for torchtitan's model as well: 6 for
 every weight that is multiplied, and attention with what each layer sees, causal rows half of it, borders of documents
-left out. MFU is operations a
-second over the peak: of bf16 as the maker states it (H100: 989 TFLOP/s), on a CPU a product of matrices of 2,048 in
-float32 in this run.
+left out; of a teacher those of its forward pass too. MFU is operations a second over the peak: of bf16 as the maker
+states it (H100: 989 TFLOP/s), on a CPU a product of matrices of 2,048 in float32 in this run.
 """
 
 import argparse
@@ -24,15 +24,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import GPU, ROOT, describe, seconds
+from machine import GPU, ROOT, describe, interval, seconds
 from torchtitan.tools.utils import get_peak_flops
+from tqdm import tqdm
 from train_step_jobs import Job
 
 from mobilellm_pro.atomic_file import write_atomically
@@ -48,6 +50,7 @@ WAYS = {
     "ce-selective": Job(checkpointing="selective"),
     "ce-full": Job(checkpointing="full"),
     "ce-foreach": Job(optimizer="foreach"),
+    "ce-float8": Job(float8=True, compile=GPU),
     "kl-live": Job(objective="kl", teacher="live"),
     "kl-cached": Job(objective="kl", teacher="cached"),
     "kl-live-compiled": Job(objective="kl", teacher="live", compile=True),
@@ -57,6 +60,7 @@ WAYS = {
     "transformers-compiled": Job(way="transformers", compile=True),
 }
 TURN, PROFILED = 3, 2
+WORKER = Path(__file__).with_name("train_step_worker.py")
 
 
 def main() -> None:
@@ -73,50 +77,61 @@ def main() -> None:
     size = {"flavor": arguments.size, "seq_len": arguments.seq_len, "rows": arguments.rows, "steps": steps}
     jobs = {name: replace(WAYS[name], **size) for name in arguments.ways}
     peak = get_peak_flops(torch.cuda.get_device_name()) if GPU else cpu_peak()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_ways:
-        trainers: dict[str, Trainer] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for name, job in jobs.items():
-            trainers[name] = open_ways.enter_context(Trainer(job, Path(folder) / name))
-            if GPU:
-                found |= measured({name: trainers[name]}, arguments.rounds)
-                trainers[name].end()
-        if not GPU:
-            found = measured(trainers, arguments.rounds)
-    for name, job in jobs.items():
-        found[name] |= {"name": job.name, **summary(found[name], arguments.rows * arguments.seq_len, peak)}
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        world = Path(folder) / "world"
+        write_world(list(jobs.values()), world)
+        together = [[name] for name in jobs] if GPU else [list(jobs)]
+        for names in together:
+            trainers = {name: opened.enter_context(Trainer(jobs[name], world, Path(folder) / name)) for name in names}
+            found |= measured(trainers, arguments.rounds)
+            for trainer in trainers.values():
+                trainer.end()
+    failed = {name: way["failed"] for name, way in found.items() if "failed" in way}
+    for name, words in failed.items():
+        print(f"{name} failed:\n{words}", file=sys.stderr)
+    found = {name: way for name, way in found.items() if name not in failed}
+    for name, way in found.items():
+        way |= {"name": jobs[name].name, **summary(way, arguments.rows * arguments.seq_len, peak)}
     lines = list(report(found, arguments, peak))
+    if failed:
+        lines += ["", f"Failed: {', '.join(failed)}."]
     print("\n".join(lines))
     if arguments.write:
         write_atomically(arguments.write, "\n".join(lines) + "\n")
         write_atomically(arguments.write.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    sys.exit(bool(failed))
+
+
+def write_world(jobs: Sequence[Job], world: Path, root: Path = ROOT) -> None:
+    """Data of all ways, written once, by the code of the checkout `root`."""
+    words = json.dumps([asdict(job) for job in jobs])
+    subprocess.run([sys.executable, "-W", "ignore", str(WORKER), words, str(world)], cwd=root, check=True,
+                   env=environment(root), stdout=sys.stderr)  # fmt: skip
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Of a worker that runs the code of a checkout."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(root)}
 
 
 class Trainer:
     """A process that trains a job step by step."""
 
-    def __init__(self, job: Job, folder: Path, root: Path = ROOT) -> None:
+    def __init__(self, job: Job, world: Path, folder: Path, root: Path = ROOT) -> None:
         """
         Args:
             job: what to train.
+            world: data, as `write_world` writes them.
             folder: for its files, not there yet.
             root: checkout whose code trains.
         """
-        folder.mkdir()
-        print(f"building {job.name}", file=sys.stderr, flush=True)
-        program = root / "benchmarks/train_step_worker.py"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "PYTHONPATH": str(root),
-            "HF_DATASETS_CACHE": str(folder / "datasets"),
-        }
-        self._log = (folder / "log").open("w+")
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(program), json.dumps(asdict(job)), str(folder)],
-            cwd=root, env=environment, text=True,
+            [sys.executable, "-W", "ignore", str(WORKER), json.dumps([asdict(job)]), str(world), str(folder)],
+            cwd=root, env=environment(root) | {"HF_DATASETS_CACHE": str(folder / "datasets")}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
-        self._job = job
 
     def __enter__(self) -> "Trainer":
         return self
@@ -138,31 +153,39 @@ class Trainer:
         answer = self._process.stdout.readline()
         if not answer:
             self._log.seek(0)
-            raise RuntimeError(f"{self._job.name}:\n{self._log.read()[-3000:]}")
+            raise RuntimeError(self._log.read()[-3000:])
         return json.loads(answer)
 
     def end(self) -> None:
         """Lets it go, with its memory."""
         assert self._process.stdin is not None
-        print("end", file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):
+            print("end", file=self._process.stdin, flush=True)
         self._process.wait()
 
 
 def measured(trainers: dict[str, Trainer], rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each step, memory, size, and shares where the code names its parts; trainers take turns."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, trainer in trainers.items():
-        found[name] = {**trainer.ask("size"), "seconds": []}
-    for number in range(rounds + 1):
+    """Seconds of the steps of each turn, memory, size, and shares where the code names its parts.
+
+    Trainers take turns; of one that has ended there are its last words, as "failed".
+    """
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in trainers}
+    for number in tqdm(range(rounds + 2), desc=", ".join(trainers) if len(trainers) == 1 else "turns"):
         for name, trainer in trainers.items():
-            answers = [trainer.ask("step") for _ in range(TURN)]
-            found[name]["memory"] = answers[-1]["memory"]
-            if number:
-                found[name]["seconds"] += [answer["seconds"] for answer in answers[1:]]
-        print(f"turn {number} of {rounds}", file=sys.stderr, flush=True)
-    for name, trainer in trainers.items():
-        if WAYS[name].way == "ours":
-            found[name]["shares"] = trainer.ask("shares", PROFILED)["shares"]
+            if "failed" in found[name]:
+                continue
+            try:
+                if number == 0:
+                    found[name] |= trainer.ask("size")
+                if number <= rounds:
+                    steps = [trainer.ask("step")["seconds"] for _ in range(TURN)]
+                    found[name] |= trainer.ask("peak")  # since the turn before
+                    if number:
+                        found[name]["seconds"].append(steps[1:])
+                elif WAYS[name].way == "ours":
+                    found[name] |= trainer.ask("shares", PROFILED)
+            except RuntimeError as error:
+                found[name]["failed"] = str(error)
     return found
 
 
@@ -174,9 +197,16 @@ def cpu_peak() -> float:
 
 def summary(way: dict[str, Any], tokens: int, peak: float) -> dict[str, float]:
     """Of one way's steps."""
-    step = statistics.median(way["seconds"])
+    step = statistics.median(chain(*way["seconds"]))
     flops = way["flops_per_token"] * tokens / step
     return {"step": step, "tokens_per_second": tokens / step, "flops": flops, "mfu": flops / peak}
+
+
+def ratio(baseline: dict[str, Any], way: dict[str, Any]) -> str:
+    """How much longer the baseline's steps take, with an interval."""
+    turns = zip(baseline["seconds"], way["seconds"], strict=True)
+    low, middle, high = interval([statistics.mean(theirs) / statistics.mean(ours) for theirs, ours in turns])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak: float) -> Iterator[str]:
@@ -194,16 +224,16 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak
         f"steps of each, {order}; load average {os.getloadavg()[0]:.1f} after them."
     )
     yield ""
-    baselines = [name for name in ("torchtitan", "transformers") if name in found]
-    beside = "".join(f" {name}'s step / this |" for name in baselines)
+    baselines = [name for name in ("ce", "torchtitan", "transformers") if name in found]
+    beside = "".join(f" {found[name]['name']} / this |" for name in baselines)
     yield f"| way | parameters | step s (range) | tokens/s | TFLOP/s | MFU | memory MiB |{beside}"
     yield "|---|---:|---|---:|---:|---:|---:|" + "---:|" * len(baselines)
-    for way in found.values():
-        is_ce = ": ce" in way["name"]
-        ratios = "".join(f" {found[name]['step'] / way['step']:.2f} |" if is_ce else " |" for name in baselines)
+    for key, way in found.items():
+        ratios = "".join(f" {ratio(found[name], way)} |" if name != key else " |" for name in baselines)
+        steps = list(chain(*way["seconds"]))
         yield (
             f"| {way['name']} | {way['parameters'] / 1e6:.1f}M "
-            f"| {way['step']:.3f} ({min(way['seconds']):.3f} to {max(way['seconds']):.3f}) "
+            f"| {way['step']:.3f} ({min(steps):.3f} to {max(steps):.3f}) "
             f"| {way['tokens_per_second']:,.0f} | {way['flops'] / 1e12:.3f} | {100 * way['mfu']:.1f} % "
             f"| {way['memory']:,.0f} |{ratios}"
         )
@@ -219,7 +249,8 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak
     yield (
         "Doubts: torchtitan's model has two vocabulary matrices and full attention in every layer, and its loader "
         "makes tokens in the step, where ours reads them; the Trainer's data are rows in memory, and reading them is "
-        "not counted. " + ("" if GPU else "Memory is the most that the process had resident, code and data included.")
+        "not counted. Memory is the most of the last turn"
+        + ("." if GPU else ": what the process had resident, code and data included.")
     )
 
 

@@ -2,16 +2,17 @@
 
 import json
 import math
-import subprocess
-import sys
 import sysconfig
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from machine import GPU
 
 from mobilellm_pro.config import load
+from mobilellm_pro.config.job_config import FLOAT8
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
     from train_step_worker import Conversation
 
-TEACHER_WIDTH = {"debug": 128, "100m": 384, "1b": 5120}
+TEACHER_WIDTH = {"debug": 128, "100m": 384}
+TEACHER_DTYPE = torch.bfloat16 if GPU else torch.float32
 
 JOB = """
 [job]
@@ -43,7 +45,7 @@ flavor = "{flavor}"
 tokenizer = "{tokenizer}"
 [[data.datasets]]
 name = "text"
-path = "{folder}/tokens/text"
+path = "{world}/tokens/text"
 weight = 1.0
 """
 
@@ -76,6 +78,8 @@ class Job:
     """Whether every layer of our student sees everything before, as torchtitan's."""
 
     optimizer: str = "fused"
+    float8: bool = False
+    """Of our student's linear layers; without a GPU emulated."""
 
     @property
     def name(self) -> str:
@@ -83,6 +87,7 @@ class Job:
         teacher = f", {self.teacher} teacher" if self.objective == "kl" else ""
         switches = {
             "compiled": self.compile,
+            "float8 products": self.float8,
             f"{self.checkpointing} checkpointing": self.checkpointing != "none",
             "all layers global": self.is_global,
             "plain causal mask": self.way == "ours" and self.mask == "causal",
@@ -91,24 +96,26 @@ class Job:
         return f"{self.way}: {self.objective}{teacher}" + "".join(f", {name}" for name, on in switches.items() if on)
 
 
-def write_world(job: Job, folder: Path) -> None:
-    """Text for all ways: this Python's own library, a document a file; for torchtitan with a tokenizer of its form.
+def write_world(jobs: Sequence[Job], world: Path) -> None:
+    """What all ways read: this Python's own library, a document a file, as text and as tokens; a tokenizer in
+    torchtitan's form; a teacher and its hidden states where a way needs them.
 
     Args:
-        job: whose flavor a teacher is written for, if it has one.
-        folder: empty.
+        jobs: of one flavor, with rows of one length.
+        world: not there yet.
     """
+    world.mkdir(parents=True)
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in sources}
-    write_text(folder, texts, "text")
-    prepare(write_toml(folder, ("text",), holdout=0.0), workers=0)
-    write_hugging_face_tokenizer(Tokenizer.load(str(DEBUG_TOKENIZER)), folder / "tokenizer")
-    if job.objective == "kl":
-        write_teacher(Teacher(teacher_args(job.flavor)), folder / "teacher")
-    if job.teacher == "cached":
-        # In a process of its own: a trainer is built once in each.
-        program = Path(__file__).with_name("train_step_worker.py")
-        subprocess.run([sys.executable, str(program), json.dumps(asdict(job)), str(folder), "write"], check=True)
+    write_text(world, texts, "text")
+    prepare(write_toml(world, ("text",), holdout=0.0), workers=0)
+    write_hugging_face_tokenizer(Tokenizer.load(str(DEBUG_TOKENIZER)), world / "tokenizer")
+    if any(job.objective == "kl" for job in jobs):
+        with torch.device("meta"):
+            teacher = Teacher(teacher_args(jobs[0].flavor))
+        write_teacher(teacher.to(TEACHER_DTYPE).to_empty(device="cpu"), world / "teacher")
+    if cached := [job for job in jobs if job.teacher == "cached"]:
+        build_trainer(replace(cached[0], teacher="write"), world, world / "writer").train()
 
 
 def teacher_args(flavor: str) -> TeacherArgs:
@@ -118,24 +125,27 @@ def teacher_args(flavor: str) -> TeacherArgs:
     return replace(TEACHERS["debug"], vocab_size=FLAVORS[flavor].vocab_size, hidden_size=TEACHER_WIDTH[flavor])
 
 
-def build_trainer(job: Job, folder: Path) -> DistillTrainer:
-    """Ours, as `mobilellm-pro train` builds it."""
+def build_trainer(job: Job, world: Path, folder: Path) -> DistillTrainer:
+    """Ours, as `mobilellm-pro train` builds it; one in a process."""
+    folder.mkdir(exist_ok=True)
     path = folder / "job.toml"
-    path.write_text(JOB.format(folder=folder, flavor=job.flavor, tokenizer=DEBUG_TOKENIZER))
+    path.write_text(JOB.format(folder=folder, world=world, flavor=job.flavor, tokenizer=DEBUG_TOKENIZER))
     settings = titan_settings(job) | {"attention.student_mask": job.mask, "distill.objective": job.objective}
     if job.is_global:
         settings["attention.global_layers"] = list(range(FLAVORS[job.flavor].num_hidden_layers))
+    if job.float8:
+        settings |= {"model.converters": [FLOAT8], "quantize.linear.float8.emulate": not GPU}
     if job.objective == "kl":
-        settings |= {"teacher.path": folder / "teacher", "teacher.dtype": "bfloat16" if GPU else "float32"}
+        settings |= {"teacher.path": world / "teacher", "teacher.dtype": str(TEACHER_DTYPE).removeprefix("torch.")}
     if job.teacher in ("cached", "write"):
         mode = {"cached": "read", "write": "write"}[job.teacher]
-        settings |= {"teacher.cache": mode, "teacher.cache_path": folder / "hidden_states"}
+        settings |= {"teacher.cache": mode, "teacher.cache_path": world / "hidden_states"}
     run.set_default_environment()
     register()
     return DistillTrainer(load(path, words_of(settings)))
 
 
-def build_titan(job: Job, folder: Path) -> "Trainer":
+def build_titan(job: Job, world: Path, folder: Path) -> "Trainer":
     """torchtitan's own, with its llama3 model and its data loader."""
     from torchtitan.config import JobConfig
     from torchtitan.models.llama3 import llama3_args
@@ -143,8 +153,8 @@ def build_titan(job: Job, folder: Path) -> "Trainer":
 
     llama3_args[job.flavor] = titan_args(FLAVORS[job.flavor])
     config = JobConfig()
-    settings = {"model.name": "llama3", "model.flavor": job.flavor, "model.hf_assets_path": str(folder / "tokenizer")}
-    settings |= {"job.dump_folder": str(folder / "titan"), "training.dataset_path": str(folder / "text")}
+    settings = {"model.name": "llama3", "model.flavor": job.flavor, "model.hf_assets_path": str(world / "tokenizer")}
+    settings |= {"job.dump_folder": str(folder), "training.dataset_path": str(world / "text")}
     for place, value in (settings | titan_settings(job)).items():
         section, key = place.split(".")
         setattr(getattr(config, section), key, value)
@@ -188,7 +198,7 @@ def titan_settings(job: Job) -> dict[str, Any]:
     }
 
 
-def build_transformers(job: Job, folder: Path, conversation: "Conversation") -> None:
+def run_transformers(job: Job, world: Path, folder: Path, conversation: "Conversation") -> None:
     """The Trainer of `transformers` with our student as it has it, as the examples of its documentation train.
 
     Its loop cannot be stepped from outside, so it talks to the driver itself, before and after each step. Reading rows
@@ -203,7 +213,7 @@ def build_transformers(job: Job, folder: Path, conversation: "Conversation") -> 
     from transformers import Trainer as HuggingFaceTrainer
 
     args = FLAVORS[job.flavor]
-    (folder / "student").mkdir(exist_ok=True)
+    (folder / "student").mkdir()
     config = student_config(args, max_position_embeddings=job.seq_len, bos_id=1, eos_id=2, pad_id=3, dtype="float32")
     (folder / "student/config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "student"))
@@ -230,14 +240,14 @@ def build_transformers(job: Job, folder: Path, conversation: "Conversation") -> 
         logging_strategy="no",
         disable_tqdm=True,
     )
-    rows = packed_rows(folder, job.seq_len, job.rows * job.steps)
+    rows = packed_rows(world, job.seq_len, job.rows * job.steps)
     HuggingFaceTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Told()]).train()
 
 
-def packed_rows(folder: Path, seq_len: int, count: int) -> list[dict[str, list[int]]]:
+def packed_rows(world: Path, seq_len: int, count: int) -> list[dict[str, list[int]]]:
     """Texts end to end, cut into rows."""
     tokenizer, ids = Tokenizer.load(str(DEBUG_TOKENIZER)), list[int]()
-    with (folder / "text/text.jsonl").open() as lines:
+    with (world / "text/text.jsonl").open() as lines:
         for line in lines:
             ids += tokenizer.encode(json.loads(line)["text"], bos=True, eos=True)
     rows = [ids[begin : begin + seq_len] for begin in range(0, len(ids) - seq_len, seq_len)]

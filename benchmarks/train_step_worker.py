@@ -1,19 +1,20 @@
 """One way to train, in a process of its own for train_step.py: builds a trainer and does a step when it is told to.
 
-    python benchmarks/train_step_worker.py '{"way": "ours", "objective": "ce", ...}' FOLDER
+    python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}, ...]' WORLD
+    python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}]' WORLD FOLDER
 
-It reads words from standard input: `step` is answered by a line of JSON with the seconds of one step, `shares N` by the
-shares of the ranges named in the code in N profiled steps (our trainer only), `end` by nothing.
+Without a folder it writes what the jobs read. Else it reads words from standard input: `size` is answered by a line of
+JSON with numbers of parameters and operations, `step` with the seconds of one step, `peak` with the most memory since
+it was asked last, `shares N` with the shares of the ranges named in the code in N profiled steps (our trainer only),
+`end` by nothing.
 """
 
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,29 @@ import torch
 from machine import GPU, MIB, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from train_step_jobs import Job, build_titan, build_trainer, build_transformers, write_world
+from train_step_jobs import Job, build_titan, build_trainer, run_transformers, write_world
 
+from mobilellm_pro.config import cpu_device
 from mobilellm_pro.model.student import FLAVORS
 from mobilellm_pro.training.step_ranges import STEP_RANGES
 
 
 def main() -> None:
-    """Command line: a job as JSON, and a folder with data."""
+    """Command line: jobs as JSON, a folder with data, a folder for a job's own files."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # trainers print
-    job, folder = Job(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    if sys.argv[3:] == ["write"]:
-        build_trainer(replace(job, teacher="write"), folder).train()
+    jobs, world = [Job(**job) for job in json.loads(sys.argv[1])], Path(sys.argv[2])
+    if not sys.argv[3:]:
+        write_world(jobs, world)
         return
-    write_world(job, folder)
+    (job,), folder = jobs, Path(sys.argv[3])
+    folder.mkdir()
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
     if job.way == "transformers":
-        build_transformers(job, folder, conversation)  # its loop calls back
+        run_transformers(job, world, folder, conversation)  # its loop calls back
         return
-    trainer = build[job.way](job, folder)
+    trainer = build[job.way](job, world, folder)
     batches = trainer.batch_generator(trainer.dataloader)
     while conversation.waits(trainer.model_parts[0], operations(trainer, job)):
         trainer.step += 1
@@ -61,12 +64,12 @@ class Conversation:
         """Before a step: whether there is to be one."""
         if self._profiled is None:
             word, *rest = sys.stdin.readline().split() or ["end"]
+            while word in ("size", "peak"):
+                number = sum(p.numel() for p in model.parameters())
+                self._say({"parameters": number, "flops_per_token": flops} if word == "size" else {"memory": peak()})
+                word, *rest = sys.stdin.readline().split() or ["end"]
             if word == "shares":
                 self._profiled = Profiled(int(rest[0]))
-            elif word == "size":
-                number = sum(p.numel() for p in model.parameters())
-                self._say({"parameters": number, "flops_per_token": flops})
-                return self.waits(model, flops)
             elif word != "step":
                 return False
         synchronize()
@@ -78,7 +81,7 @@ class Conversation:
         synchronize()
         seconds = time.perf_counter() - self._begin
         if self._profiled is None:
-            self._say({"seconds": seconds, "memory": most_memory()})
+            self._say({"seconds": seconds})
         elif (shares := self._profiled.after_step(seconds)) is not None:
             self._profiled = None
             self._say({"shares": shares})
@@ -139,11 +142,12 @@ def shares(events: Any, seconds: float) -> dict[str, float]:
     return found | {"rest": 1 - math.fsum(found.values())}
 
 
-def most_memory() -> float:
-    """MiB: of the GPU's memory at once so far, or of the process'."""
-    if GPU:
-        return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak() -> float:
+    """MiB: the most of the GPU's memory, or the process', since this was asked last."""
+    device: Any = torch.cuda if GPU else cpu_device
+    most = device.memory_stats()["active_bytes.all.peak"] / MIB
+    device.reset_peak_memory_stats()
+    return most
 
 
 if __name__ == "__main__":

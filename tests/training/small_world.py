@@ -100,7 +100,8 @@ def write_teacher(teacher: Teacher, folder: Path) -> None:
     """Random weights (unless initialised already) as a Hugging Face folder."""
     teacher.init_weights()
     folder.mkdir(parents=True)
-    config = teacher_config(teacher.model_args, bos_id=1, eos_id=2, pad_id=3, dtype="float32")
+    dtype = str(teacher.norm.weight.dtype).removeprefix("torch.")
+    config = teacher_config(teacher.model_args, bos_id=1, eos_id=2, pad_id=3, dtype=dtype)
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors({hugging_face_name(k): v for k, v in teacher.state_dict().items()}, folder)
 
