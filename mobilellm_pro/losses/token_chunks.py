@@ -104,7 +104,7 @@ def _loss_and_gradients(
             head_gradient.add(student.gradient_CV, hidden_CD)
     if grad_hidden_TD is not None and problem.group is not None:
         dist.all_reduce(grad_hidden_TD, group=problem.group)
-    return sums * _known(problem, sums), grad_hidden_TD, None if head_gradient is None else head_gradient.result()
+    return _known(problem, sums), grad_hidden_TD, None if head_gradient is None else head_gradient.result()
 
 
 def _chunk(problem: Problem, rows_C: Tensor, student: ChunkLogits, teacher: ChunkLogits | None) -> Chunk:
@@ -115,10 +115,13 @@ def _chunk(problem: Problem, rows_C: Tensor, student: ChunkLogits, teacher: Chun
     return Chunk(student, teacher, labels_C, problem.temperature, top_k)
 
 
-def _known(problem: Problem, like: Tensor) -> Tensor:
-    """1 for each of [kl, ce, teacher_ce, teacher_entropy] whose inputs are there, 0 for the others."""
+def _known(problem: Problem, sums: Tensor) -> Tensor:
+    """[kl, ce, teacher_ce, teacher_entropy], 0 where their inputs are not there."""
     teacher, labels = problem.has_teacher, problem.labels is not None
-    return like.new_tensor([teacher, labels, labels and problem.teacher_head is not None, teacher])
+    known = teacher, labels, labels and problem.teacher_head is not None, teacher
+    return torch.stack(
+        [number if there else torch.zeros_like(number) for number, there in zip(sums, known, strict=True)]
+    )
 
 
 def _factors(problem: Problem, rows_C: Tensor) -> Factors:
