@@ -30,7 +30,7 @@ from tests.training.small_world import write_teacher
 if TYPE_CHECKING:
     from torchtitan.models.llama3 import TransformerModelArgs
     from torchtitan.train import Trainer
-    from train_step_worker import Conversation
+    from train_step_conversation import Conversation
 
 TEACHER_WIDTH = {"debug": 128, "100m": 384}
 TEACHER_DTYPE = torch.bfloat16 if GPU else torch.float32

@@ -26,8 +26,7 @@ from mobilellm_pro.evaluation.needle_task import needle_task
 from mobilellm_pro.evaluation.program_model import ProgramModel
 from mobilellm_pro.evaluation.ranks import gathered, join_ranks, rank, share_of_rank, wait_for_ranks
 from mobilellm_pro.evaluation.student_checkpoint import load_student
-from mobilellm_pro.evaluation.suite import NeedleTable
-from mobilellm_pro.evaluation.suite_run import DEFAULT_NEW_TOKENS
+from mobilellm_pro.evaluation.suite import DEFAULT_NEW_TOKENS, NeedleTable
 from mobilellm_pro.evaluation.text_model import Ending, Sampling, StudentModel, TextModel
 
 _SPECIAL = re.compile(r"(<\|[a-z_]+\|>)")

@@ -31,6 +31,9 @@ from mobilellm_pro.evaluation.needle_grid import Grid
 NEEDLE = "needle"
 """Task of a column that the harness does not know."""
 
+DEFAULT_NEW_TOKENS = 256
+"""Of a continuation whose task does not say how long it may be; the harness' own."""
+
 
 @dataclass
 class Column:

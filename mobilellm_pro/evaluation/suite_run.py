@@ -12,7 +12,7 @@ from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.evaluation_folder import write_results, write_task
 from mobilellm_pro.evaluation.local_datasets import local_datasets
 from mobilellm_pro.evaluation.ranks import rank, wait_for_ranks
-from mobilellm_pro.evaluation.suite import NEEDLE, Column, Suite
+from mobilellm_pro.evaluation.suite import DEFAULT_NEW_TOKENS, NEEDLE, Column, Suite
 from mobilellm_pro.evaluation.text_model import TextModel
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 """Definitions of tasks that the harness lacks."""
-
-DEFAULT_NEW_TOKENS = 256
-"""Of a continuation whose task does not say how long it may be; the harness' own."""
 
 _BOOTSTRAP = 1000
 """Draws for the standard error of a metric that is no mean."""
