@@ -6,8 +6,8 @@
 Each commit is checked out beside the other, writes its own data and trains in a process of its own, under this
 checkout's benchmark and in its environment; both models lie in memory at once, a GPU's too. They take turns of three
 steps, the first of which does not count. A turn gives one ratio, of the means of its steps; the interval is that of
-their geometric mean, by resampling turns. With `--fail-above` the exit status is 1 where the whole interval lies above
-the ratio.
+their geometric mean, by Student's t of the logarithms. With `--fail-above` the exit status is 1 where the whole
+interval lies above the ratio.
 """
 
 import argparse
@@ -44,16 +44,23 @@ def main() -> None:
         trainers = []
         for place, commit in enumerate((arguments.before, arguments.after)):
             root, world = folder / f"commit_{place}", folder / f"world_{place}"
-            checkout(commit, root)
             opened.callback(remove, root)
-            write_world([job], world, root)
+            checkout(commit, root)
+            try:
+                write_world([job], world, root)
+            except subprocess.CalledProcessError:
+                sys.exit(f"error: {commit} has not all that this checkout's benchmark needs of package and tests")
             trainers.append(opened.enter_context(Trainer(job, world, folder / f"run_{place}", root)))
         ratios = []
+        commits = dict(zip(trainers, (arguments.before, arguments.after), strict=True))
         for turn in tqdm(range(arguments.turns + 1), desc="turns"):
             means = []
             for trainer in trainers if turn % 2 else reversed(trainers):  # neither always comes after the other
-                trainer.ask("step")
-                means.append(statistics.mean(trainer.ask("step")["seconds"] for _ in range(TURN - 1)))
+                try:
+                    steps = [trainer.ask("step")["seconds"] for _ in range(TURN)]
+                except RuntimeError as error:
+                    sys.exit(f"error: {commits[trainer]} stopped:\n{error}")
+                means.append(statistics.mean(steps[1:]))
             if not turn % 2:
                 means.reverse()
             if turn:

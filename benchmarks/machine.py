@@ -7,7 +7,6 @@ import argparse
 import math
 import os
 import platform
-import random
 import shlex
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from scipy.stats import t as student_t
 
 from mobilellm_pro.training.run_folder import commit, processor_name
 
@@ -132,8 +132,9 @@ def proportional_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def interval(ratios: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """(2.5 %, middle, 97.5 %) of the geometric mean of ratios, by resampling them."""
-    rng, logs = random.Random(0), [math.log(ratio) for ratio in ratios]
-    means = sorted(statistics.fmean(rng.choices(logs, k=len(logs))) for _ in range(draws))
-    return math.exp(means[draws // 40]), math.exp(statistics.fmean(logs)), math.exp(means[-draws // 40])
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """(low, middle, high) of the geometric mean of at least two ratios: 95 %, by Student's t of their logarithms."""
+    logs = [math.log(ratio) for ratio in ratios]
+    middle, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    reach = float(student_t.ppf(0.975, len(logs) - 1)) * error
+    return math.exp(middle - reach), math.exp(middle), math.exp(middle + reach)

@@ -7,8 +7,9 @@
 Every way is a trainer in a process of its own, with the same shape and the same text. On a CPU all are built first and
 then take turns of three steps, the first of which does not count, so that what disturbs one disturbs all; on a GPU,
 whose memory they would not share, one comes after another. A step is all of it: data, models, loss, backward pass,
-clipping, optimizer. Times are medians of steps. Ratios are of the turns' means: a turn gives one, they are averaged
-geometrically, and the 95 % interval is by resampling turns. A way that fails is named, and the others go on.
+clipping, optimizer. Times are medians of steps. Ratios are of the turns' means: a turn gives one (on a GPU of what the
+ways did at different times), they are averaged geometrically, and the 95 % interval is by Student's t of their
+logarithms. A way that fails is named, and the others go on.
 
 `ce-global` computes what torchtitan's model computes but for its second vocabulary matrix, which is only looked up.
 Operations a token are counted as `get_nparams_and_flops` of our student does, for torchtitan's model as well: 6 for
@@ -70,9 +71,11 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1, help="sequences of a step")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way, at least 2, after one to warm up")
     parser.add_argument("--write", type=Path, help="Markdown file; the numbers go beside it as .json")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: one turn has no interval; expected at least 2")
     steps = (arguments.rounds + 1) * TURN + PROFILED
     size = {"flavor": arguments.size, "seq_len": arguments.seq_len, "rows": arguments.rows, "steps": steps}
     jobs = {name: replace(WAYS[name], **size) for name in arguments.ways}
@@ -90,14 +93,14 @@ def main() -> None:
     failed = {name: way["failed"] for name, way in found.items() if "failed" in way}
     for name, words in failed.items():
         print(f"{name} failed:\n{words}", file=sys.stderr)
-    found = {name: way for name, way in found.items() if name not in failed}
+    found = {name: way for name, way in found.items() if len(way["seconds"]) == arguments.rounds}
     for name, way in found.items():
         way |= {"name": jobs[name].name, **summary(way, arguments.rows * arguments.seq_len, peak)}
     lines = list(report(found, arguments, peak))
     if failed:
         lines += ["", f"Failed: {', '.join(failed)}."]
     print("\n".join(lines))
-    if arguments.write:
+    if arguments.write and found:
         write_atomically(arguments.write, "\n".join(lines) + "\n")
         write_atomically(arguments.write.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
     sys.exit(bool(failed))
@@ -152,6 +155,7 @@ class Trainer:
             print(*words, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
+            self._wait()
             self._log.seek(0)
             raise RuntimeError(self._log.read()[-3000:])
         return json.loads(answer)
@@ -161,7 +165,14 @@ class Trainer:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             print("end", file=self._process.stdin, flush=True)
-        self._process.wait()
+        self._wait()
+
+    def _wait(self) -> None:
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def measured(trainers: dict[str, Trainer], rounds: int) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ import torch
 from machine import GPU
 
 from mobilellm_pro.config import load
-from mobilellm_pro.config.job_config import FLOAT8
 from mobilellm_pro.data.hugging_face_tokenizer import write_hugging_face_tokenizer
 from mobilellm_pro.data.prepare import prepare
 from mobilellm_pro.data.tokenizer import Tokenizer
@@ -87,7 +86,7 @@ class Job:
         teacher = f", {self.teacher} teacher" if self.objective == "kl" else ""
         switches = {
             "compiled": self.compile,
-            "float8 products": self.float8,
+            "float8 products" + ("" if GPU else ", emulated"): self.float8,
             f"{self.checkpointing} checkpointing": self.checkpointing != "none",
             "all layers global": self.is_global,
             "plain causal mask": self.way == "ours" and self.mask == "causal",
@@ -134,7 +133,7 @@ def build_trainer(job: Job, world: Path, folder: Path) -> DistillTrainer:
     if job.is_global:
         settings["attention.global_layers"] = list(range(FLAVORS[job.flavor].num_hidden_layers))
     if job.float8:
-        settings |= {"model.converters": [FLOAT8], "quantize.linear.float8.emulate": not GPU}
+        settings |= {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.emulate": not GPU}
     if job.objective == "kl":
         settings |= {"teacher.path": world / "teacher", "teacher.dtype": str(TEACHER_DTYPE).removeprefix("torch.")}
     if job.teacher in ("cached", "write"):

@@ -49,14 +49,22 @@ def _float8(config: JobConfig) -> Iterator[Issue]:
     if (degree := config.parallelism.tensor_parallel_degree) > 1:
         keys = ("model.converters", "parallelism.tensor_parallel_degree")
         yield Issue(keys, f'"{FLOAT8}" with tensor_parallel_degree = {degree}', "1, or no float8")
-    if config.training.seq_len % 16:
-        keys = ("training.seq_len", "model.converters")
-        yield Issue(keys, f"{config.training.seq_len} with float8", "a multiple of 16, as its products need")
+    if config.model.name != "mobilellm_pro":
+        yield Issue(
+            ("model.converters", "model.name"), f'"{FLOAT8}" of a teacher', "a student, or teacher.quantization"
+        )
+    training, shards = config.training, config.parallelism.context_parallel_degree
+    if (tokens := training.local_batch_size * training.seq_len // shards) % 16:
+        factors = ("training.seq_len", "training.local_batch_size", "parallelism.context_parallel_degree")
+        yield Issue(factors, f"{tokens} tokens a rank with float8", "a multiple of 16, as its products need")
     if settings.emulate and config.compile.enable:
         yield Issue((f"{_SECTION}.emulate", "compile.enable"), "emulated and compiled", "one of them")
-    if settings.recipe_name and settings.enable_fsdp_float8_all_gather:
-        keys = (f"{_SECTION}.recipe_name", f"{_SECTION}.enable_fsdp_float8_all_gather")
-        yield Issue(keys, f'"{settings.recipe_name}" gathered in float8', "no recipe, or gathered as it is stored")
+    if settings.emulate and settings.recipe_name:
+        keys = (f"{_SECTION}.recipe_name", f"{_SECTION}.emulate")
+        yield Issue(keys, f'"{settings.recipe_name}", which torchtitan does not emulate', "no recipe, or no emulation")
+    for name in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"):
+        if getattr(settings, name):
+            yield Issue((f"{_SECTION}.{name}",), "true", "false: weights are gathered as they are stored")
 
 
 def check_converter_machine(config: JobConfig, device_type: str) -> Iterator[Problem]:
@@ -68,6 +76,10 @@ def check_converter_machine(config: JobConfig, device_type: str) -> Iterator[Pro
         yield Problem("machine", "model.converters", f'"{FLOAT8}", without torchao', cure)
     able = device_type == "cuda" and torch.cuda.get_device_capability() >= _CAPABILITY
     if not able and not config.quantize.linear.float8.emulate:
-        found = f'"{FLOAT8}" on a {device_type} machine'
+        found = f'"{FLOAT8}" on a {device_type} machine{_capability_of(device_type)}'
         cure = f"a GPU of capability {_CAPABILITY[0]}.{_CAPABILITY[1]}, or {_SECTION}.emulate = true to try it slowly"
         yield Problem("machine", "model.converters", found, cure)
+
+
+def _capability_of(device_type: str) -> str:
+    return " of capability {}.{}".format(*torch.cuda.get_device_capability()) if device_type == "cuda" else ""

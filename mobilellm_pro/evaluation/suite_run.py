@@ -45,14 +45,14 @@ class SuiteRun:
         """
         from lm_eval.tasks import TaskManager
 
-        self.suite, self._source, self._allow_code = suite, source, allow_code
+        self._suite, self._source, self._allow_code = suite, source, allow_code
         self._tokenizer = folder / "tokenizer"
         metadata = {"max_seq_lengths": suite.ruler.lengths, "tokenizer": str(self._tokenizer)}
         self._manager = TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
         self._check_names()
 
     def _check_names(self) -> None:
-        tasks = [column.task for column in self.suite.columns if column.task != NEEDLE]
+        tasks = [column.task for column in self._suite.columns if column.task != NEEDLE]
         unknown = [task for task in tasks if task not in self._manager.all_tasks]
         if unknown:
             raise ValueError(
@@ -84,13 +84,13 @@ class SuiteRun:
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        source, needle = self._source, self.suite.needle
-        length, tasks = self.suite.max_length or max_length, [column.task for column in self.suite.columns]
+        source, needle = self._source, self._suite.needle
+        length, tasks = self._suite.max_length or max_length, [column.task for column in self._suite.columns]
         if NEEDLE in tasks and max(needle.lengths) > length:
             raise ValueError(
                 f"{source}: needle.lengths: {max(needle.lengths)} tokens for a model of {length}; give shorter ones"
             )
-        with local_datasets(self.suite.data):
+        with local_datasets(self._suite.data):
             for task in (task for task in tasks if task != NEEDLE and not _is_ruler(task)):
                 for name, loaded in self._manager.load(task)["tasks"].items():
                     if getattr(loaded, "UNSAFE_CODE", False) and not name.endswith(_SANDBOXED):
@@ -122,7 +122,7 @@ class SuiteRun:
             if rank() == 0:
                 print(f"{column.task}: {number + 1} of {len(columns)}", flush=True)
             if column.task == NEEDLE:
-                scores, samples = model.needle(self.suite.needle, column.metric)
+                scores, samples = model.needle(self._suite.needle, column.metric)
             else:
                 found = self._harness_task(column, model, answers)
                 if found is None:  # on all but the first rank of each node
@@ -137,16 +137,16 @@ class SuiteRun:
     def _harness_task(self, column: Column, model: "HarnessModel", answers: Path | None) -> dict[str, Any] | None:
         from lm_eval import simple_evaluate
 
-        seed = self.suite.seed
-        with local_datasets(self.suite.data):
+        seed = self._suite.seed
+        with local_datasets(self._suite.data):
             return simple_evaluate(
                 model=model,
                 tasks=[column.task],
                 num_fewshot=column.shots,
-                limit=self.suite.limit or None,
+                limit=self._suite.limit or None,
                 use_cache=str(answers / column.task) if answers else None,
                 bootstrap_iters=_BOOTSTRAP,
-                apply_chat_template=self.suite.chat,
+                apply_chat_template=self._suite.chat,
                 task_manager=self._manager,
                 random_seed=seed,
                 numpy_random_seed=seed,
@@ -173,12 +173,12 @@ class SuiteRun:
             shutil.rmtree(folder, ignore_errors=True)
         wait_for_ranks()
         with contextlib.redirect_stdout(io.StringIO()):
-            adapter = HarnessModel(model, tokenizer, self.suite.max_length)
-            self.evaluate(self.suite.columns, adapter, folder)
+            adapter = HarnessModel(model, tokenizer, self._suite.max_length)
+            self.evaluate(self._suite.columns, adapter, folder)
         if rank():
             return {}
-        about = {"suite": self.suite.name, "checkpoint": name, "limit": self.suite.limit or None}
-        return write_results(folder, self.suite, about)
+        about = {"suite": self._suite.name, "checkpoint": name, "limit": self._suite.limit or None}
+        return write_results(folder, self._suite, about)
 
 
 def _is_ruler(task: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 # the head. Where tokens are few beside the width, that costs as much as the product: with the head on the left it packs
 # the hidden states, at the price of a copy that turns the result around.
 BLOCK_ROWS = 2048
-WIDTH_OF_FEW_TOKENS = 6  # times their number
+FEW_TOKENS = 1 / 6  # times the width
 
 
 class ChunkLogits:
@@ -79,7 +79,7 @@ class ChunkLogits:
 
 def _product_by_blocks(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
     num_tokens, width = hidden_CD.shape
-    hidden_DC = hidden_CD.T.contiguous() if WIDTH_OF_FEW_TOKENS * num_tokens <= width else None
+    hidden_DC = hidden_CD.T.contiguous() if num_tokens <= FEW_TOKENS * width else None
     for begin in range(0, head_VD.shape[0], BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
         if hidden_DC is None:

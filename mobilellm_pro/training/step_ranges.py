@@ -3,7 +3,7 @@
 What FSDP2 does (its all-gathers and reductions) it names itself, as "FSDP::...".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,8 @@ def profiler_without_gpu() -> Iterator[None]:
     """Around torchtitan's loop, which where there is no GPU asks torch's profiler to watch `None` beside the CPU."""
     profile = torch.profiler.profile
 
-    def of_what_is_there(*, activities: list[Any], **options: Any) -> Any:
-        return profile(activities=[activity for activity in activities if activity is not None], **options)
+    def of_what_is_there(*, activities: Sequence[Any] | None = None, **options: Any) -> Any:
+        return profile(activities=activities and [one for one in activities if one is not None], **options)
 
     vars(torch.profiler).update(profile=of_what_is_there)
     try:

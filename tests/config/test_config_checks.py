@@ -32,6 +32,7 @@ def test_the_defaults_need_only_teacher_and_data():
     assert {issue.key for issue in check_keys(JobConfig())} == {"teacher.path", "data.tokenizer", "data.datasets"}
 
 
+FLOAT8 = {"model__name": "mobilellm_pro", "model__converters": ["quantize.linear.float8"]}
 CASES = [
     ({"distill__objective": "weighted", "teacher__path": ""}, "teacher.path"),
     ({"distill__kl_weight": 0.5}, "distill.kl_weight"),
@@ -105,11 +106,36 @@ CASES = [
         "compile.enable",
     ),
     ({"model__converters": ["quantize.linear.mx"]}, "model.converters"),
-    ({"model__converters": ["quantize.linear.float8"], "parallelism__tensor_parallel_degree": 2}, "model.converters"),
-    ({"model__converters": ["quantize.linear.float8"], "training__seq_len": 1000}, "training.seq_len"),
+    (FLOAT8 | {"model__name": "llama4_text"}, "model.converters"),
+    (FLOAT8 | {"parallelism__tensor_parallel_degree": 2}, "model.converters"),
     (
-        {
-            "model__converters": ["quantize.linear.float8"],
+        FLOAT8
+        | {
+            "training__seq_len": 1000,
+            "training__local_batch_size": 1,
+            "training__global_batch_size": 8,
+        },
+        "training.seq_len",
+    ),
+    (
+        FLOAT8
+        | {
+            "quantize__linear__float8__emulate": True,
+            "quantize__linear__float8__recipe_name": "rowwise",
+        },
+        "quantize.linear.float8.recipe_name",
+    ),
+    (
+        FLOAT8
+        | {
+            "quantize__linear__float8__enable_fsdp_float8_all_gather": True,
+        },
+        "quantize.linear.float8.enable_fsdp_float8_all_gather",
+    ),
+    ({"quantize__linear__float8__recipe_name": "rowwise"}, "quantize.linear.float8.recipe_name"),
+    (
+        FLOAT8
+        | {
             "quantize__linear__float8__emulate": True,
             "compile__enable": True,
             "compile__components": ["model"],
@@ -221,12 +247,15 @@ def test_a_gpu_kernel_without_a_gpu():
 
 
 def test_float8_is_no_quantization():
-    config = valid(model__converters=["qat", "quantize.linear.float8"], quantization__scheme="cpu")
+    config = valid(**FLOAT8 | {"model__converters": ["qat", "quantize.linear.float8"], "quantization__scheme": "cpu"})
     assert check_keys(config)[0].expected == "one of them: a weight has one low precision"
 
 
-def test_float8_needs_a_gpu_or_patience():
-    config = valid(model__converters=["quantize.linear.float8"])
+def test_float8_needs_a_gpu_or_patience(monkeypatch: pytest.MonkeyPatch):
+    config = valid(**FLOAT8)
     assert [problem.key for problem in check_machine(config, "cpu")] == ["model.converters"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "without torchao" in check_machine(config, "cpu")[0].found
+    monkeypatch.undo()
     config.quantize.linear.float8.emulate = True
     assert check_machine(config, "cpu") == [] and check_keys(config) == []
