@@ -1,7 +1,7 @@
 """What four bits cost, and what training for them regains: the debug student, rounded to nearest and trained.
 
     bash launch/quickstart.sh                                # makes the merged student in full precision
-    python benchmarks/qat_recovery.py --seeds 1 2 3          # about four minutes a run on two idle cores, five a seed
+    python benchmarks/qat_recovery.py --seeds 1 2 3          # about five minutes a run on two idle cores, five a seed
 
 The report's Tables 15 to 17 in miniature. Every run begins with the merged student; the seed is that of the order of
 the data. Models are compared on whole held-out documents (`mobilellm-pro held-out`): bits per byte, and the mean KL
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--merged", type=Path, default=ROOT / "outputs/debug/3_merge/checkpoint/step-0")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/debug/qat_recovery")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens that are read")
     parser.add_argument("--write", type=Path, help="Markdown file")
     arguments = parser.parse_args()

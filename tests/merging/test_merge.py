@@ -24,7 +24,6 @@ from mobilellm_pro.evaluation.text_model import StudentModel
 from mobilellm_pro.model.checkpoint import checkpoint_problems, latest_checkpoint, load_model
 from mobilellm_pro.model.registry import model_on_meta
 from mobilellm_pro.pipeline import merge as merge_module
-from mobilellm_pro.pipeline import merge_suite
 from mobilellm_pro.pipeline.merge import merge
 from mobilellm_pro.pipeline.merge_plan import load_merge_plan
 from mobilellm_pro.pipeline.merge_score import bits_per_byte, pack, read_text
@@ -223,7 +222,7 @@ def test_a_suite_of_tasks_as_objective(specialists: Specialists, tmp_path: Path,
         tmp_path / "suite_merge.toml", ("[search]", f'[search]\nobjective = "suite"\nsuite = "{suite}"')
     )
     manager = few_tasks("piqa", "openbookqa")
-    monkeypatch.setattr(merge_suite, "task_manager", lambda suite, folder: manager)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: manager)
     result = merge(str(file), output=str(tmp_path / "merged"))
     assert result is not None and result["score"] == "1 - score"
     candidates = [json.loads(line) for line in (tmp_path / "merged/candidates.jsonl").read_text().splitlines()]

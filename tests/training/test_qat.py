@@ -52,7 +52,8 @@ def test_a_layout_equals_one_rank(
     ranks, *own = LAYOUTS[layout]
     ours = world.run(f"qat_{scheme}_{layout}", ranks, *words(scheme, full_precision, *own))
     # A sum in another order moves a weight across a tie now and then: a step of 1/15 of its range.
-    assert losses(ours)[0] == pytest.approx(losses(one_rank[scheme])[0], rel=1e-4)
+    # The first KL is of 2e-4 nats, of logits that fp32 knows to 1e-7.
+    assert losses(ours)[0] == pytest.approx(losses(one_rank[scheme])[0], rel=1e-4, abs=1e-7)
     assert losses(ours) == pytest.approx(losses(one_rank[scheme]), rel=5e-3)
 
 
@@ -105,7 +106,8 @@ def test_a_loaded_checkpoint_computes_as_it_was_trained(one_rank: dict[str, Path
 
     cache = KVCache(40, "int8")
     pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split(13, dim=1)], dim=1)
-    torch.testing.assert_close(pieces, model(tokens), atol=1e-4, rtol=0)
+    # Sums in another order may round an input to the next of its 255 steps.
+    torch.testing.assert_close(pieces, model(tokens), atol=1e-2, rtol=0)
     with pytest.raises(ValueError, match='trained for a cache in int8; got one of type "model"'):
         model(tokens, cache=KVCache(40))
 
