@@ -27,8 +27,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def full_precision(world: SmallWorld) -> Path:
-    """A checkpoint to begin with and to distil from."""
-    found = latest_checkpoint(world.run("before_qat", 1, *SAVE, "--training.steps=2") / "checkpoint")
+    """A checkpoint to begin with and to distil from, trained until rounding costs 1e-3 nats: fp32 knows 1e-7 of them."""
+    run = world.run("before_qat", 1, *SAVE, "--training.steps=8", "--optimizer.lr=3e-2")
+    found = latest_checkpoint(run / "checkpoint")
     assert found is not None
     return found
 
@@ -52,8 +53,7 @@ def test_a_layout_equals_one_rank(
     ranks, *own = LAYOUTS[layout]
     ours = world.run(f"qat_{scheme}_{layout}", ranks, *words(scheme, full_precision, *own))
     # A sum in another order moves a weight across a tie now and then: a step of 1/15 of its range.
-    # The first KL is of 2e-4 nats, of logits that fp32 knows to 1e-7.
-    assert losses(ours)[0] == pytest.approx(losses(one_rank[scheme])[0], rel=1e-4, abs=1e-7)
+    assert losses(ours)[0] == pytest.approx(losses(one_rank[scheme])[0], rel=1e-4)
     assert losses(ours) == pytest.approx(losses(one_rank[scheme]), rel=5e-3)
 
 
@@ -99,15 +99,14 @@ def test_compiled_layers_are_the_same(
 
 def test_a_loaded_checkpoint_computes_as_it_was_trained(one_rank: dict[str, Path]) -> None:
     """Its chunks through a cache of its own kind give what the whole row gives."""
-    model = load_model(one_rank["cpu"]).model
+    model = load_model(one_rank["cpu"]).model.double()  # fp32's sums may round an input to another of its 255 steps
     assert isinstance(model, Student) and model.cache_dtype == "int8"
     tokens = torch.arange(40).view(1, 40)
     from mobilellm_pro.model.kv_cache import KVCache
 
     cache = KVCache(40, "int8")
     pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split(13, dim=1)], dim=1)
-    # Sums in another order may round an input to the next of its 255 steps.
-    torch.testing.assert_close(pieces, model(tokens), atol=1e-2, rtol=0)
+    torch.testing.assert_close(pieces, model(tokens), atol=1e-9, rtol=0)
     with pytest.raises(ValueError, match='trained for a cache in int8; got one of type "model"'):
         model(tokens, cache=KVCache(40))
 
