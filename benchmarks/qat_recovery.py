@@ -4,7 +4,7 @@
     python benchmarks/qat_recovery.py --seeds 1 2 3          # about five minutes a run on two idle cores, five a seed
 
 The report's Tables 15 to 17 in miniature. Every run begins with the merged student; the seed is that of the order of
-the data. Models are compared on whole held-out documents (`mobilellm-pro held-out`): bits per byte, and the mean KL
+the data. Models are compared on held-out documents as `mobilellm-pro held-out` reads them: bits per byte, and the mean KL
 from the merged student, which is what rounding did and not what training on more text did. Finished runs are not
 repeated.
 """
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from machine import ROOT, describe
 
-from mobilellm_pro.config import JobConfig, load
+from mobilellm_pro.config import load
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.held_out import held_out_documents, held_out_settings
 from mobilellm_pro.evaluation.student_checkpoint import load_student
+from mobilellm_pro.model.student import Student
 
 JOB = "train_configs/debug/{name}.toml"
 VARIANTS = {
@@ -37,11 +38,11 @@ VARIANTS = {
 
 
 class Score(NamedTuple):
-    """On held-out documents."""
+    """Of each held-out document, summed over its tokens, [N]."""
 
-    bits_per_byte: float
-    kl: float
-    """From the merged student in full precision, nats a token."""
+    nats: np.ndarray
+    kl: np.ndarray
+    """From the merged student in full precision."""
 
 
 def main() -> None:
@@ -51,23 +52,29 @@ def main() -> None:
     parser.add_argument("--merged", type=Path, default=ROOT / "outputs/debug/3_merge/checkpoint/step-0")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/debug/qat_recovery")
     parser.add_argument("--steps", type=int, default=360)
-    parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens that are read")
+    parser.add_argument("--tokens", type=int, default=150_000, help="held-out tokens, if there are so many")
     parser.add_argument("--write", type=Path, help="Markdown file")
     arguments = parser.parse_args()
     job = load(JOB.format(name="4_qat_cpu"))
-    texts = _texts(job, arguments.tokens)
-    full = _log_probabilities(str(arguments.merged), texts)
-    scores = {("full precision", None): _score(str(arguments.merged), job, texts, full)}
+    tokenizer = Tokenizer.load(job.data.tokenizer)
+    documents = held_out_documents(held_out_settings(job) | {"tokens": arguments.tokens}, tokenizer)
+    texts = [torch.from_numpy(ids.astype(np.int64)) for _, ids in documents]
+    full = load_student(str(arguments.merged)).model
+    scores = {("full precision", None): _score(full, full, texts)}
     for scheme in ("cpu", "accelerator"):
-        scores[f"{scheme}, rounded to nearest", None] = _score(str(arguments.merged), job, texts, full, scheme)
+        rounded = load_student(str(arguments.merged), quantize=scheme).model
+        scores[f"{scheme}, rounded to nearest", None] = _score(rounded, full, texts)
     for name, (config, overrides) in VARIANTS.items():
         for seed in arguments.seeds:
             folder = arguments.out / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
             words = [*overrides, f"--data.seed={100 + seed}", f"--training.steps={arguments.steps}"]
             _train(config, folder, arguments.merged, words)
-            scores[name, seed] = _score(str(folder), job, texts, full)
-    head = f"{arguments.steps} steps of {job.training.global_batch_size} rows of {job.training.seq_len} tokens"
-    lines = list(_report(scores, f"{head}, {sum(map(len, texts)):,} held-out tokens"))
+            scores[name, seed] = _score(load_student(str(folder)).model, full, texts)
+    trained = f"{arguments.steps} steps of {job.training.global_batch_size} rows of {job.training.seq_len} tokens"
+    num_bytes = sum(int(tokenizer.token_bytes[ids[1:].numpy()].sum()) for ids in texts)
+    num_tokens = sum(len(ids) - 1 for ids in texts)
+    head = f"{trained}; {num_tokens:,} tokens of {len(texts):,} held-out documents"
+    lines = list(_report(scores, head, num_bytes, num_tokens))
     print("\n".join(lines))
     if arguments.write:
         arguments.write.write_text("\n".join(lines) + "\n")
@@ -79,61 +86,48 @@ def _train(config: str, folder: Path, merged: Path, overrides: list[str]) -> Non
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def _texts(job: JobConfig, num_tokens: int) -> list[torch.Tensor]:
-    """Ids [S] of documents."""
-    settings = held_out_settings(job) | {"tokens": num_tokens}
-    documents = held_out_documents(settings, Tokenizer.load(job.data.tokenizer))
-    return [torch.from_numpy(ids.astype(np.int64)) for _, ids in documents]
-
-
 @torch.no_grad()
-def _log_probabilities(checkpoint: str, texts: list[torch.Tensor], quantize: str | None = None) -> list[torch.Tensor]:
-    """[S - 1, V] of each document, in fp32; all are kept where they are compared with."""
-    model = load_student(checkpoint, quantize=quantize).model
-    return [model(ids[None, :-1])[0].log_softmax(-1).half() for ids in texts]
+def _score(model: Student, full: Student, texts: list[torch.Tensor]) -> Score:
+    nats, kl = np.zeros(len(texts)), np.zeros(len(texts))
+    for index, ids in enumerate(texts):
+        ours, wanted = (student(ids[None, :-1])[0].log_softmax(-1) for student in (model, full))
+        nats[index] = -float(ours.gather(1, ids[1:, None]).sum())
+        kl[index] = float((wanted.exp() * (wanted - ours)).sum())
+    return Score(nats, kl)
 
 
-@torch.no_grad()
-def _score(
-    checkpoint: str, job: JobConfig, texts: list[torch.Tensor], full: list[torch.Tensor], quantize: str | None = None
-) -> Score:
-    token_bytes = Tokenizer.load(job.data.tokenizer).token_bytes
-    model = load_student(checkpoint, quantize=quantize).model
-    nats = divergence = num_bytes = num_tokens = 0.0
-    for ids, teacher in zip(texts, full, strict=True):
-        ours, wanted = model(ids[None, :-1])[0].log_softmax(-1), teacher.float()
-        nats -= float(ours.gather(1, ids[1:, None]).sum())
-        divergence += float((wanted.exp() * (wanted - ours)).sum())
-        num_bytes += float(token_bytes[ids[1:].numpy()].sum())
-        num_tokens += len(ids) - 1
-    return Score(nats / (math.log(2) * num_bytes), divergence / num_tokens)
+def _regained(scores: dict, name: str, key: str) -> str:
+    """The share of what rounding to nearest lost, in the mean over seeds, and 95 % of it over documents drawn anew."""
+    full = getattr(scores["full precision", None], key)
+    rounded = getattr(scores[f"{name.split(',')[0]}, rounded to nearest", None], key)
+    trained = np.mean([getattr(score, key) for (own, _), score in scores.items() if own == name], axis=0)
+    draws = np.random.default_rng(0).integers(0, len(full), (2000, len(full)))
+    shares = [1 - (trained[d] - full[d]).sum() / (rounded[d] - full[d]).sum() for d in (np.arange(len(full)), *draws)]
+    low, high = np.quantile(shares[1:], (0.025, 0.975))
+    return f"{shares[0]:.0%} ({low:.0%} to {high:.0%})"
 
 
-def _report(scores: dict, settings: str) -> Iterator[str]:
-    full = scores["full precision", None]
+def _report(scores: dict, settings: str, num_bytes: int, num_tokens: int) -> Iterator[str]:
     yield "# Four bits, debug student: rounded to nearest and trained"
     yield ""
     yield from describe(["torch", "torchtitan", "torchao"])
     yield ""
-    yield f"{settings}. Regained: of what rounding to nearest lost."
+    yield f"{settings}. Regained: of what rounding to nearest lost, mean of the seeds (95 %: bootstrap of documents)."
     yield ""
-    yield "| model | bits per byte, by seed | mean | KL, by seed | mean | regained: bits | KL |"
+    yield "| model | bits per byte, by seed | mean | KL, nats a token, by seed | mean | regained: bits | KL |"
     yield "|---|---|---:|---|---:|---:|---:|"
     for name in dict.fromkeys(name for name, _ in scores):
         found = [score for (own, _), score in scores.items() if own == name]
-        bits, kls = ([getattr(score, key) for score in found] for key in ("bits_per_byte", "kl"))
-        rounded = scores.get((f"{name.split(',')[0]}, rounded to nearest", None), full)
-        regained = " |"
-        if "QAT" in name:
-            of_bits = (rounded.bits_per_byte - statistics.mean(bits)) / (rounded.bits_per_byte - full.bits_per_byte)
-            regained = f"{of_bits:.0%} | {1 - statistics.mean(kls) / rounded.kl:.0%}"
+        bits = [score.nats.sum() / (math.log(2) * num_bytes) for score in found]
+        kls = [score.kl.sum() / num_tokens for score in found]
+        regained = f"{_regained(scores, name, 'nats')} | {_regained(scores, name, 'kl')}" if "QAT" in name else " | "
         yield (
             f"| {name} | {' / '.join(f'{x:.4f}' for x in bits)} | {statistics.mean(bits):.4f} | "
             f"{' / '.join(f'{x:.5f}' for x in kls)} | {statistics.mean(kls):.5f} | {regained} |"
         )
     yield ""
-    yield "Doubts: a student of 0.8M parameters that has read half a million tokens loses little by rounding; bits per"
-    yield "byte move more by the tokens that are trained on than by rounding, KL from the merged student does not."
+    yield "Doubts: a student of 0.8M parameters that has read a million tokens loses little by rounding; bits per byte"
+    yield "move more by the tokens that are trained on than by rounding, KL from the merged student does not."
 
 
 if __name__ == "__main__":
