@@ -2,7 +2,10 @@
 
     python benchmarks/train_step.py                                            # CPU: debug, sequences of 2,048
     python benchmarks/train_step.py --size 100m
-    python benchmarks/train_step.py --size 1b --ways ce ce-compiled torchtitan-compiled kl-live      # one H100
+    python benchmarks/train_step.py --size 1b --rows 8 --ways ce-compiled torchtitan-compiled        # one H100
+    python benchmarks/train_step.py --size 1b --rows 4 --ways ce-compiled kl-live-compiled
+    python benchmarks/train_step.py --size 1b --seq-len 8192 --rows 2 --ways ce-compiled ce-causal-compiled
+    python benchmarks/train_step.py --size 1b --seq-len 131072 --checkpointing full --compile --ways ce ce-causal
 
 Every way is a trainer in a process of its own, with the same shape and the same text. On a CPU all are built first and
 then take turns of three steps, the first of which does not count, so that what disturbs one disturbs all; on a GPU,
@@ -14,7 +17,9 @@ logarithms. A way that fails is named, and the others go on.
 `ce-global` computes what torchtitan's model computes but for its second vocabulary matrix, which is only looked up.
 Operations a token are counted as `get_nparams_and_flops` of our student does, for torchtitan's model as well: 6 for
 every weight that is multiplied, and attention with what each layer sees, causal rows half of it, borders of documents
-left out; of a teacher those of its forward pass too. MFU is operations a second over the peak: of bf16 as the maker
+left out, so rows of many tokens seem faster than they are unless the mask is plain (`ce-causal`); of a teacher those of
+its forward pass too. A step of the 1B moves 43 GB of weights, moments and gradients, 13 ms of an H100's time, whatever
+its rows hold: MFU wants some 16,384 tokens a step. MFU is operations a second over the peak: of bf16 as the maker
 states it (H100: 989 TFLOP/s), on a CPU a product of matrices of 2,048 in float32 in this run.
 """
 
@@ -36,10 +41,11 @@ import torch
 from machine import GPU, ROOT, describe, interval, seconds
 from torchtitan.tools.utils import get_peak_flops
 from tqdm import tqdm
-from train_step_jobs import Job
+from train_step_jobs import Job, teacher_args
 
 from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.model.student import FLAVORS
+from mobilellm_pro.model.teacher import Teacher
 from mobilellm_pro.training.step_ranges import STEP_RANGES
 
 WAYS = {
@@ -71,6 +77,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1, help="sequences of a step")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--compile", action="store_true", help="every way, whatever its name says")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="of every way")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way, at least 2, after one to warm up")
     parser.add_argument("--write", type=Path, help="Markdown file; the numbers go beside it as .json")
     arguments = parser.parse_args()
@@ -78,14 +86,22 @@ def main() -> None:
         parser.error("--rounds: one turn has no interval; expected at least 2")
     steps = (arguments.rounds + 1) * TURN + PROFILED
     size = {"flavor": arguments.size, "seq_len": arguments.seq_len, "rows": arguments.rows, "steps": steps}
-    jobs = {name: replace(WAYS[name], **size) for name in arguments.ways}
+    switches = {"compile": True} if arguments.compile else {}
+    switches |= {"checkpointing": arguments.checkpointing} if arguments.checkpointing else {}
+    jobs = {name: replace(WAYS[name], **size, **switches) for name in arguments.ways}
     peak = get_peak_flops(torch.cuda.get_device_name()) if GPU else cpu_peak()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         world = Path(folder) / "world"
         write_world(list(jobs.values()), world)
+        if cached := [name for name, job in jobs.items() if job.teacher == "cached"]:
+            try:
+                write_hidden_states(jobs[cached[0]], world)
+            except subprocess.CalledProcessError as error:
+                found |= {name: {"seconds": [], "failed": f"writing hidden states: {error}"} for name in cached}
         together = [[name] for name in jobs] if GPU else [list(jobs)]
         for names in together:
+            names = [name for name in names if name not in found]
             trainers = {name: opened.enter_context(Trainer(jobs[name], world, Path(folder) / name)) for name in names}
             found |= measured(trainers, arguments.rounds)
             for trainer in trainers.values():
@@ -108,14 +124,25 @@ def main() -> None:
 
 def write_world(jobs: Sequence[Job], world: Path, root: Path = ROOT) -> None:
     """Data of all ways, written once, by the code of the checkout `root`."""
-    words = json.dumps([asdict(job) for job in jobs])
-    subprocess.run([sys.executable, "-W", "ignore", str(WORKER), words, str(world)], cwd=root, check=True,
-                   env=environment(root), stdout=sys.stderr)  # fmt: skip
+    subprocess.run(worker(jobs, world), cwd=root, check=True, env=environment(root), stdout=sys.stderr)
+
+
+def write_hidden_states(job: Job, world: Path, root: Path = ROOT) -> None:
+    """The cache that a way with a cached teacher reads, made by training as it does; CalledProcessError if it fails."""
+    writer = replace(job, teacher="write", checkpointing="full", compile=False)
+    command = [*worker([writer], world), str(world / "writer")]
+    subprocess.run(command, cwd=root, check=True, env=environment(root), stdout=sys.stderr)
+
+
+def worker(jobs: Sequence[Job], world: Path) -> list[str]:
+    """The command line of one."""
+    return [sys.executable, "-W", "ignore", str(WORKER), json.dumps([asdict(job) for job in jobs]), str(world)]
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Of a worker that runs the code of a checkout."""
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(root)}
+    """Of a worker that runs the code of a checkout; the allocator's as launch/train.sh sets it."""
+    own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(root)}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | own
 
 
 class Trainer:
@@ -130,11 +157,10 @@ class Trainer:
             root: checkout whose code trains.
         """
         self._log = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), json.dumps([asdict(job)]), str(world), str(folder)],
-            cwd=root, env=environment(root) | {"HF_DATASETS_CACHE": str(folder / "datasets")}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-        )  # fmt: skip
+        command = [*worker([job], world), str(folder)]
+        own = environment(root) | {"HF_DATASETS_CACHE": str(folder / "datasets")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, cwd=root, env=own, text=True, **pipes)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -225,7 +251,9 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak
     args = FLAVORS[arguments.size]
     yield f"# Training step: {arguments.size}, sequences of {arguments.seq_len:,}, {arguments.rows} a step"
     yield ""
-    yield from describe(["torch", "torchtitan", "transformers", "accelerate"], torch.get_num_threads())
+    yield from describe(
+        ["torch", "torchtitan", "torchao", "triton", "transformers", "accelerate"], torch.get_num_threads()
+    )
     yield ""
     stated = "as its maker states it" if GPU else "a product of float32 matrices of 2,048 here"
     order = "one after another" if GPU else "in turns"
@@ -234,6 +262,12 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak
         f"{'bf16' if GPU else 'float32'}; peak {peak / 1e12:.3f} TFLOP/s ({stated}); {(TURN - 1) * arguments.rounds} "
         f"steps of each, {order}; load average {os.getloadavg()[0]:.1f} after them."
     )
+    if any(WAYS[name].objective == "kl" for name in found):
+        with torch.device("meta"):
+            teacher = Teacher(teacher_args(arguments.size))
+        layers, width = teacher.model_args.num_hidden_layers, teacher.model_args.hidden_size
+        count = sum(parameter.numel() for parameter in teacher.parameters())
+        yield f"Teacher: Llama 4 with random weights, {count / 1e9:.3f}B parameters, {layers} layers, width {width}."
     yield ""
     baselines = [name for name in ("ce", "torchtitan", "transformers") if name in found]
     beside = "".join(f" {found[name]['name']} / this |" for name in baselines)

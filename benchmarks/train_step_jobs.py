@@ -64,7 +64,7 @@ class Job:
 
     objective: str = "ce"
     teacher: str = "none"
-    """ "live" or "cached", with objective "kl"."""
+    """ "live" or "cached", with objective "kl"; "write" makes the cache."""
 
     compile: bool = False
     checkpointing: str = "none"
@@ -97,7 +97,7 @@ class Job:
 
 def write_world(jobs: Sequence[Job], world: Path) -> None:
     """What all ways read: this Python's own library, a document a file, as text and as tokens; a tokenizer in
-    torchtitan's form; a teacher and its hidden states where a way needs them.
+    torchtitan's form; a teacher where a way needs one.
 
     Args:
         jobs: of one flavor, with rows of one length.
@@ -113,8 +113,6 @@ def write_world(jobs: Sequence[Job], world: Path) -> None:
         with torch.device("meta"):
             teacher = Teacher(teacher_args(jobs[0].flavor))
         write_teacher(teacher.to(TEACHER_DTYPE).to_empty(device="cpu"), world / "teacher")
-    if cached := [job for job in jobs if job.teacher == "cached"]:
-        build_trainer(replace(cached[0], teacher="write"), world, world / "writer").train()
 
 
 def teacher_args(flavor: str) -> TeacherArgs:
@@ -130,12 +128,15 @@ def build_trainer(job: Job, world: Path, folder: Path) -> DistillTrainer:
     path = folder / "job.toml"
     path.write_text(JOB.format(folder=folder, world=world, flavor=job.flavor, tokenizer=DEBUG_TOKENIZER))
     settings = titan_settings(job) | {"attention.student_mask": job.mask, "distill.objective": job.objective}
+    if GPU:  # else a step would read its rows, and their hidden states, while the GPU waits
+        settings |= {"training.dataloader.num_workers": 2, "training.dataloader.pin_memory": True}
     if job.is_global:
         settings["attention.global_layers"] = list(range(FLAVORS[job.flavor].num_hidden_layers))
     if job.float8:
         settings |= {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.emulate": not GPU}
     if job.objective == "kl":
         settings |= {"teacher.path": world / "teacher", "teacher.dtype": str(TEACHER_DTYPE).removeprefix("torch.")}
+        settings["teacher.compile"] = job.compile and job.teacher == "live"
     if job.teacher in ("cached", "write"):
         mode = {"cached": "read", "write": "write"}[job.teacher]
         settings |= {"teacher.cache": mode, "teacher.cache_path": world / "hidden_states"}

@@ -3,7 +3,8 @@
     python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}, ...]' WORLD
     python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}]' WORLD FOLDER
 
-Without a folder it writes what the jobs read. Else it reads words from standard input: `size` is answered by a line of
+Without a folder it writes what the jobs read; a job with "teacher": "write" leaves the cache of hidden states in WORLD.
+Else it reads words from standard input: `size` is answered by a line of
 JSON with numbers of parameters and operations, `step` with the seconds of one step, `peak` with the most memory since
 it was asked last, `shares N` with the shares of the ranges named in the code in N profiled steps (our trainer only),
 `end` by nothing.
@@ -37,6 +38,9 @@ def main() -> None:
         run_transformers(job, world, folder, conversation)  # its loop calls back
         return
     trainer = build[job.way](job, world, folder)
+    if job.teacher == "write":
+        trainer.train()
+        return
     batches = trainer.batch_generator(trainer.dataloader)
     while conversation.waits(trainer.model_parts[0], operations(trainer, job)):
         trainer.step += 1

@@ -1,10 +1,14 @@
 """One small world for all tests that train (two corpora, a tiny teacher, a job file), and the option `--write`."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from tests.training.small_world import SmallWorld, make_small_world
+
+# pytest keeps every log record, and an export to ExecuTorch writes so many that it takes twice as long.
+logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# The server asks whether there is a GPU when it imports the project; asked by way of CUDA, no rank could use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 PRELOADED = ["torch", "mobilellm_pro.config", "mobilellm_pro.training.run"]
 
 

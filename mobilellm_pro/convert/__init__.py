@@ -1,3 +1,3 @@
-"""Checkpoints between torchtitan's DCP format and Hugging Face's (floor 2)."""
+"""Checkpoints in other forms: Hugging Face's, packed int4, transformers with torchao, ExecuTorch (floor 2)."""
 
 import mobilellm_pro.config  # noqa: F401  prepares torchtitan before any module here imports it

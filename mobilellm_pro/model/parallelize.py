@@ -35,6 +35,7 @@ SAVED_OPERATIONS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch._higher_order_ops.flex_attention,
+    torch._higher_order_ops.inductor_compiled_code,
 }
 """Results that selective checkpointing ("op") keeps: what costs more to compute again than to store."""
 

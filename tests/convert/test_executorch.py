@@ -1,6 +1,5 @@
 """The exported program is the quantized model: its integers, and in ExecuTorch's own runtime its logits and tokens."""
 
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,8 +74,6 @@ def model() -> QuantizedModel:
 @pytest.fixture(scope="module")
 def exported(model: QuantizedModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("executorch") / "program"
-    # pytest keeps every log record, and tracing writes so many that it takes twice as long.
-    logging.getLogger("torch.__trace").propagate = False
     return Exported(model, folder, export_executorch(model, folder, max_tokens=MAX_TOKENS))
 
 

@@ -8,9 +8,12 @@ import torch
 
 from mobilellm_pro.config import ConfigError
 from mobilellm_pro.convert import export as exports
+from mobilellm_pro.convert.executorch_runtime import DeviceProgram
 from mobilellm_pro.convert.export import export, load_export_table
-from mobilellm_pro.convert.packed_folder import load_packed_student
+from mobilellm_pro.convert.packed_folder import load_packed_student, read_packed
+from mobilellm_pro.convert.unpacked_student import unpacked_student
 from mobilellm_pro.model.checkpoint import load_model
+from mobilellm_pro.model.kv_cache import KVCache
 from tests.training.small_world import SmallWorld
 
 FORMATS = '[cpu]\nformats = ["packed", "torchao"]\n[accelerator]\nformats = ["packed"]\n'
@@ -42,6 +45,26 @@ def test_what_was_trained_is_what_ships(trained: dict[str, Path], formats: str, 
     ours, theirs = load_packed_student(tmp_path / "out/packed", dtype="float32"), load_model(trained[scheme])
     tokens = torch.arange(60).view(2, 30)
     assert torch.equal(ours.model(tokens), theirs.model(tokens))
+
+
+def test_a_program_holds_what_was_trained_and_says_what_the_student_says(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "7_export.toml").write_text('max_tokens = 64\n[cpu]\nformats = ["packed", "executorch"]\n')
+    export(str(tmp_path / "7_export.toml"), str(trained["cpu"]), str(tmp_path / "out"))
+    folder = tmp_path / "out/executorch"
+    made = json.loads((tmp_path / "out/export.json").read_text())["formats"]["executorch"]
+    assert made["bytes"] == sum((folder / name).stat().st_size for name in ("model.pte", "model.ptd"))
+    assert (folder / "tokenizer.json").is_file() and "greedy tokens equal" in made["checked"]
+    stored = (folder / "model.ptd").read_bytes()
+    packed = read_packed(tmp_path / "out/packed")
+    for name, weight in packed.weights.items():
+        assert weight.scales.view(torch.int16).numpy().tobytes() in stored, name
+    student = unpacked_student(packed, zero_point="integer")
+    tokens = list(range(300, 340))
+    theirs = DeviceProgram(folder).extend(tokens)
+    ours = student(torch.tensor([tokens]), cache=KVCache(64, student.cache_dtype))[0, -1]
+    assert (theirs - ours).abs().max() < 0.1 * ours.std()  # an input on the edge of an int8 step may fall either way
 
 
 def test_a_checkpoint_in_full_precision_is_rounded_loudly(

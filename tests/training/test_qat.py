@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchtitan.config import Optimizer
 
 from mobilellm_pro.config import load
 from mobilellm_pro.evaluation.student_checkpoint import load_student
 from mobilellm_pro.model.checkpoint import latest_checkpoint, load_model
-from mobilellm_pro.model.quantized_modules import is_range
+from mobilellm_pro.model.quantized_modules import StudentQuantization, is_range, quantize_modules
 from mobilellm_pro.model.stored_parameters import StoredParameters
-from mobilellm_pro.model.student import Student
+from mobilellm_pro.model.student import FLAVORS, Student
 from mobilellm_pro.quantization.scheme import SCHEMES
 from mobilellm_pro.quantization.weight_quantizer import choose_scales
 from mobilellm_pro.training.preflight import problems
+from mobilellm_pro.training.train_spec import build_optimizers
 from tests.training.small_world import SmallWorld, losses
 
 SAVE = ("--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.no_last_save_model_only")
@@ -75,6 +77,21 @@ def test_learned_ranges_begin_at_the_computed_ones_and_move(one_rank: dict[str, 
         begun = choose_scales(before.read(weight), SCHEMES["accelerator"].weights).float()
         moved = (stored.read(name) - begun).abs().max()
         assert 0 < moved < 3 * 1e-3 * 1.1, name  # three steps of Adam at their own rate
+
+
+def test_learned_ranges_have_their_own_rate_and_no_decay() -> None:
+    model = Student(FLAVORS["debug"])
+    model.init_weights()
+    quantize_modules(model, StudentQuantization("accelerator", range_lr=0.01))
+    optimizer = build_optimizers([model], Optimizer(lr=0.1, weight_decay=0.5, implementation="for-loop"), None)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.ones_like(parameter) if is_range(name) else torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        # Adam's first step is as long as its rate.
+        expected = before[name] - 0.01 if is_range(name) else before[name] * (0.95 if parameter.ndim == 2 else 1)
+        torch.testing.assert_close(parameter.detach(), expected, msg=name)
 
 
 def test_resumed_is_undisturbed(world: SmallWorld, full_precision: Path, one_rank: dict[str, Path]) -> None:
