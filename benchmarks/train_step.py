@@ -267,7 +267,7 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, peak
             teacher = Teacher(teacher_args(arguments.size))
         layers, width = teacher.model_args.num_hidden_layers, teacher.model_args.hidden_size
         count = sum(parameter.numel() for parameter in teacher.parameters())
-        yield f"Teacher: Llama 4 with random weights, {count / 1e9:.3f}B parameters, {layers} layers, width {width}."
+        yield f"Teacher: Llama 4 with random weights, {count / 1e6:,.1f}M parameters, {layers} layers, width {width}."
     yield ""
     baselines = [name for name in ("ce", "torchtitan", "transformers") if name in found]
     beside = "".join(f" {found[name]['name']} / this |" for name in baselines)
