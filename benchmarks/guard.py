@@ -22,7 +22,7 @@ from pathlib import Path
 
 from machine import ROOT, interval
 from tqdm import tqdm
-from train_step import TURN, WAYS, Trainer, write_hidden_states, write_world
+from train_step import TURN, WAYS, Trainer, write_world
 
 
 def main() -> None:
@@ -48,8 +48,6 @@ def main() -> None:
             checkout(commit, root)
             try:
                 write_world([job], world, root)
-                if job.teacher == "cached":
-                    write_hidden_states(job, world, root)
             except subprocess.CalledProcessError:
                 sys.exit(f"error: {commit} has not all that this checkout's benchmark needs of package and tests")
             trainers.append(opened.enter_context(Trainer(job, world, folder / f"run_{place}", root)))

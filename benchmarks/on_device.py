@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only the first so many")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 4096, 8192], help="tokens")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS[:4]))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[form for form in FORMS if form != "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--measure", choices=FORMS, help="one form, in this process")
     parser.add_argument("--prompt", type=int, help="with --measure: the cell; without it, the form is exported")

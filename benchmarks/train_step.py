@@ -94,14 +94,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         world = Path(folder) / "world"
         write_world(list(jobs.values()), world)
-        if cached := [name for name, job in jobs.items() if job.teacher == "cached"]:
-            try:
-                write_hidden_states(jobs[cached[0]], world)
-            except subprocess.CalledProcessError as error:
-                found |= {name: {"seconds": [], "failed": f"writing hidden states: {error}"} for name in cached}
         together = [[name] for name in jobs] if GPU else [list(jobs)]
         for names in together:
-            names = [name for name in names if name not in found]
             trainers = {name: opened.enter_context(Trainer(jobs[name], world, Path(folder) / name)) for name in names}
             found |= measured(trainers, arguments.rounds)
             for trainer in trainers.values():
@@ -125,13 +119,6 @@ def main() -> None:
 def write_world(jobs: Sequence[Job], world: Path, root: Path = ROOT) -> None:
     """Data of all ways, written once, by the code of the checkout `root`."""
     subprocess.run(worker(jobs, world), cwd=root, check=True, env=environment(root), stdout=sys.stderr)
-
-
-def write_hidden_states(job: Job, world: Path, root: Path = ROOT) -> None:
-    """The cache that a way with a cached teacher reads, made by training as it does; CalledProcessError if it fails."""
-    writer = replace(job, teacher="write", checkpointing="full", compile=False)
-    command = [*worker([writer], world), str(world / "writer")]
-    subprocess.run(command, cwd=root, check=True, env=environment(root), stdout=sys.stderr)
 
 
 def worker(jobs: Sequence[Job], world: Path) -> list[str]:

@@ -64,7 +64,7 @@ class Job:
 
     objective: str = "ce"
     teacher: str = "none"
-    """ "live" or "cached", with objective "kl"; "write" makes the cache."""
+    """ "live" or "cached", with objective "kl"; a cached one is "write" in the process that fills the cache."""
 
     compile: bool = False
     checkpointing: str = "none"

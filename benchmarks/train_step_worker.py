@@ -3,8 +3,7 @@
     python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}, ...]' WORLD
     python benchmarks/train_step_worker.py '[{"way": "ours", "objective": "ce", ...}]' WORLD FOLDER
 
-Without a folder it writes what the jobs read; a job with "teacher": "write" leaves the cache of hidden states in WORLD.
-Else it reads words from standard input: `size` is answered by a line of
+Without a folder it writes what the jobs read. Else it reads words from standard input: `size` is answered by a line of
 JSON with numbers of parameters and operations, `step` with the seconds of one step, `peak` with the most memory since
 it was asked last, `shares N` with the shares of the ranges named in the code in N profiled steps (our trainer only),
 `end` by nothing.
@@ -12,7 +11,9 @@ it was asked last, `shares N` with the shares of the ranges named in the code in
 
 import json
 import os
+import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def main() -> None:
     folder.mkdir()
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
+    if job.teacher == "cached":
+        write_hidden_states(job, world, folder / "writer")
     if job.way == "transformers":
         run_transformers(job, world, folder, conversation)  # its loop calls back
         return
@@ -46,6 +49,13 @@ def main() -> None:
         trainer.step += 1
         trainer.train_step(batches)
         conversation.answer()
+
+
+def write_hidden_states(job: Job, world: Path, folder: Path) -> None:
+    """The cache that the job reads: from another process, since it takes a trainer, and there is one in each."""
+    writer = replace(job, teacher="write", checkpointing="full", compile=False)
+    words = json.dumps([asdict(writer)]), str(world), str(folder)
+    subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
 
 
 def operations(trainer: Any, job: Job) -> float:

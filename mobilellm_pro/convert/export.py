@@ -210,8 +210,8 @@ def _write_executorch(model: QuantizedModel, folder: Path, table: ExportTable, t
     return {
         "bytes": report.program_bytes + report.data_bytes,
         "computed_bytes": packed_bytes(model.args, model.scheme).total,
-        "checked": f"ran: {compared.num_tokens - compared.num_ties} of {compared.num_tokens} greedy tokens equal, the "
-        f"others ties; logits at most {compared.largest_difference:.2g} standard deviations off",
+        "checked": f"ran: {compared.num_tokens - compared.num_ties} of {compared.num_tokens} greedy tokens equal "
+        f"({compared.num_ties} ties), logits at most {compared.largest_difference:.2g} standard deviations off",
         "report": asdict(report),
     }
 
