@@ -35,7 +35,8 @@ PYTHON
 }
 
 # Nodes are named by addresses, because the first one's name is where torchrun's processes meet and has to be found.
-# A stop may take a loaded machine longer than its time limit: OverTimeLimit, in minutes.
+# A stop may take a loaded machine longer than its time limit: OverTimeLimit, in minutes. What is asked of a job after
+# its end has to be there still, which Slurm forgets after five minutes unless told otherwise: MinJobAge, in seconds.
 start_cluster() {
     local ports host
     read -ra ports <<<"$(free_ports 3)"
@@ -63,6 +64,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 OverTimeLimit=3
+MinJobAge=86400
 KillWait=10
 NodeName=127.0.0.1 NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=2 CoresPerSocket=2 State=UNKNOWN
 NodeName=127.0.0.2 NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=2 CoresPerSocket=2 State=UNKNOWN
