@@ -21,9 +21,9 @@ from mobilellm_pro.evaluation.program_model import ProgramModel
 from mobilellm_pro.evaluation.text_model import Ending, Sampling, StudentModel
 from mobilellm_pro.model.kv_cache import KVCache
 from mobilellm_pro.model.student import Student, StudentArgs
-from mobilellm_pro.quantization.quantized_weight import QuantizedWeight
 from mobilellm_pro.quantization.scheme import SCHEMES, WeightScheme
 from mobilellm_pro.quantization.token_quantizer import fake_quantize_tokens
+from tests.convert.quantized_students import xnnpack_parts
 
 ARGS = StudentArgs(
     vocab_size=512,
@@ -161,23 +161,12 @@ def test_continues_greedily(program: DeviceProgram):
     assert stopped == new[: new.index(new[3]) + 1]
 
 
-def xnnpack_bytes(weight: QuantizedWeight) -> bytes:
-    """Integers plus 8, the even column in the low half of a byte."""
-    offset = (weight.integers + 8).to(torch.uint8)
-    return (offset[:, 0::2] | offset[:, 1::2] << 4).numpy().tobytes()
-
-
 def test_files_hold_the_integers_and_scales_to_the_bit_and_the_table_once(exported: Exported):
     data = (exported.folder / "model.ptd").read_bytes()
     for name, weight in exported.model.weights.items():
-        integers, scales = weight
-        if name == "embed_tokens.weight":
-            integers = integers.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         if name in EMPTY:
-            assert scales[0, 0] == 0
-            scales = torch.where(scales == 0, 2.0**-100, scales).bfloat16()
-        assert data.count(xnnpack_bytes(QuantizedWeight(integers, scales))) == 1, name
-        assert data.count(scales.view(torch.int16).numpy().tobytes()) == 1, name
+            assert weight.scales[0, 0] == 0
+        assert [data.count(part) for part in xnnpack_parts(name, weight)] == [1, 1], name
     for name, norm in exported.model.norms.items():
         stored = norm.bfloat16().view(torch.int16) if name == SHORT_NORM else norm
         assert data.count(stored.numpy().tobytes()) == 1, name

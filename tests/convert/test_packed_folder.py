@@ -18,16 +18,13 @@ from mobilellm_pro.convert.unpacked_student import unpacked_student
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.generation import continue_tokens
 from mobilellm_pro.model.quantized_modules import (
-    QuantizedEmbedding,
-    QuantizedLinear,
     StudentQuantization,
     quantize_modules,
 )
 from mobilellm_pro.model.student import FLAVORS
 from mobilellm_pro.quantization.quantized_weight import QuantizedWeight
 from mobilellm_pro.quantization.scheme import SCHEMES, Scheme, WeightScheme
-from mobilellm_pro.quantization.weight_quantizer import fake_quantize, fake_quantize_learned
-from tests.convert.quantized_students import ARGS, TOKENIZER, full_student, quantized_student, tokens
+from tests.convert.quantized_students import ARGS, TOKENIZER, full_student, multiplied_by, quantized_student, tokens
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -41,21 +38,6 @@ def numbers(model: QuantizedModel) -> Iterator[Tensor]:
     for weight in model.weights.values():
         yield from weight
     yield from model.norms.values()
-
-
-def multiplied_by(student: nn.Module) -> dict[str, Tensor]:
-    """Name -> what the student multiplies by while it trains, from its own modules."""
-    found = {}
-    for name, module in student.named_modules():
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            weight, scheme = module.weight.to(module.quantization.param_dtype), module.quantization.scheme.weights
-            scales = {f"{name}.weight": module.weight_scales}
-            if getattr(module, "head_scales", None) is not None:
-                scales["lm_head.weight"] = module.head_scales
-            for own, learned in scales.items():
-                plain = learned is None
-                found[own] = fake_quantize(weight, scheme) if plain else fake_quantize_learned(weight, learned, scheme)
-    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
