@@ -23,7 +23,12 @@ LAYOUTS = {
     "FSDP2": (2, "--parallelism.data_parallel_shard_degree=2", "--training.local_batch_size=2"),
     "TP2": (2, "--parallelism.tensor_parallel_degree=2"),
     "CP2": (2, "--parallelism.context_parallel_degree=2"),
-    "FSDP2xTP2": (4, "--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=2"),
+    "FSDP2xTP2xCP2": (
+        8,
+        "--parallelism.tensor_parallel_degree=2",
+        "--parallelism.context_parallel_degree=2",
+        "--training.local_batch_size=2",
+    ),
 }
 
 
