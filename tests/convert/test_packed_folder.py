@@ -17,10 +17,7 @@ from mobilellm_pro.convert.quantized_model import QuantizedModel, quantize_stude
 from mobilellm_pro.convert.unpacked_student import unpacked_student
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.model.generation import continue_tokens
-from mobilellm_pro.model.quantized_modules import (
-    StudentQuantization,
-    quantize_modules,
-)
+from mobilellm_pro.model.quantized_modules import StudentQuantization, quantize_modules
 from mobilellm_pro.model.student import FLAVORS
 from mobilellm_pro.quantization.quantized_weight import QuantizedWeight
 from mobilellm_pro.quantization.scheme import SCHEMES, Scheme, WeightScheme

@@ -25,8 +25,8 @@ ARGS = replace(DEEPER, num_hidden_layers=1, intermediate_size=512, global_layers
 """Enough rows in one layer: each layer more takes ExecuTorch half a minute."""
 
 
-def row_of(seed: int, width: int) -> tuple[Tensor, Tensor]:
-    """Weights of any size, some of them odd, and what learning does to their range."""
+def row_of(seed: int, width: int) -> Tensor:
+    """Weights of any size, some of them odd."""
     draw = torch.Generator().manual_seed(seed)
     row = torch.randn(width, generator=draw) * 10.0 ** int(torch.randint(-30, 30, (), generator=draw))
     match seed % 8:
@@ -39,27 +39,26 @@ def row_of(seed: int, width: int) -> tuple[Tensor, Tensor]:
         case 3:  # next to ties
             row = torch.randint(-15, 16, (width,), generator=draw) * 0.5
             row = torch.nextafter(row, torch.full_like(row, float(torch.randn((), generator=draw))))
-    return row, torch.empty(1).uniform_(0.3, 1.5, generator=draw)
+    return row
 
 
 @torch.no_grad()
 def prepared(scheme: str, learned: bool) -> Student:
-    """As training leaves a student, with a seed for each row: more than SEEDS in linear layers and in the table."""
+    """As training leaves a student, a seed for each row of weights: over SEEDS in linear layers and in the table."""
     student, seed = full_student(args=ARGS), 0
     matrices = {name: parameter for name, parameter in student.named_parameters() if parameter.ndim == 2}
     for matrix in matrices.values():
         for row in matrix:
-            row.copy_(row_of(seed := seed + 1, len(row))[0])
+            row.copy_(row_of(seed := seed + 1, len(row)))
     rows_of_table = len(matrices["embed_tokens.weight"])
     assert min(rows_of_table, seed - rows_of_table) >= SEEDS
     dtype = torch.float32 if scheme == "cpu" else torch.bfloat16
     quantize_modules(student, StudentQuantization(scheme, learned, param_dtype=dtype))
-    seed = 0
-    for name, ranges in student.named_parameters():
-        if is_range(name):
-            for row in ranges:
-                row.mul_(row_of(seed := seed + 1, 32)[1])
-    assert (seed >= SEEDS) is learned
+    draw = torch.Generator().manual_seed(0)
+    ranges = [parameter for name, parameter in student.named_parameters() if is_range(name)]
+    for scales in ranges:
+        scales.mul_(torch.empty_like(scales).uniform_(0.3, 1.5, generator=draw))
+    assert (sum(map(len, ranges)) >= SEEDS) is learned
     return student.requires_grad_(False).eval()
 
 

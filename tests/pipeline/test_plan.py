@@ -43,9 +43,9 @@ on_cpu = pytest.mark.skipif(device_type != "cpu", reason="kernels of the CPU are
     [
         ("debug", 1, ()),
         ("debug", 1, FULL),
-        ("debug", 1, BF16),
-        ("debug", 1, ("--training.dtype=bfloat16", *BF16)),
+        ("mid", 1, ("--training.dtype=bfloat16", *BF16)),
         ("mid", 1, FULL),
+        ("mid", 1, BF16),
         ("mid", 8, BF16),
         ("mid", 8, (*BF16, *FULL)),
         ("mid", 8, BY_OPERATION),
