@@ -36,21 +36,23 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--fail-above", type=float)
     arguments = parser.parse_args()
+    if arguments.turns < 2:
+        parser.error("--turns: one turn has no interval; expected at least 2")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the checkouts are removed
     steps = (arguments.turns + 1) * TURN
     job = replace(WAYS[arguments.way], flavor=arguments.size, seq_len=arguments.seq_len, steps=steps)
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
-        folder = Path(name)
-        trainers = []
-        for place, commit in enumerate((arguments.before, arguments.after)):
-            root, world = folder / f"commit_{place}", folder / f"world_{place}"
+        trainers, roots = [], {Path(name) / "before": arguments.before, Path(name) / "after": arguments.after}
+        for root, commit in roots.items():
             opened.callback(remove, root)
             checkout(commit, root)
+        for root, commit in roots.items():
+            world, folder = root.with_name(f"world_{root.name}"), root.with_name(f"run_{root.name}")
             try:
                 write_world([job], world, root)
             except subprocess.CalledProcessError:
                 sys.exit(f"error: {commit} has not all that this checkout's benchmark needs of package and tests")
-            trainers.append(opened.enter_context(Trainer(job, world, folder / f"run_{place}", root)))
+            trainers.append(opened.enter_context(Trainer(job, world, folder, root)))
         ratios = []
         commits = dict(zip(trainers, (arguments.before, arguments.after), strict=True))
         for turn in tqdm(range(arguments.turns + 1), desc="turns"):

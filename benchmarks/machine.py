@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from scipy.stats import t as student_t
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.training.run_folder import commit, processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def write_sections(head: list[str], sections: Mapping[str, Callable[[], list[str
         print("\n".join(section), flush=True)
         lines += section
         if path:
-            path.write_text("\n".join(lines) + "\n")
+            write_atomically(path, "\n".join(lines) + "\n")
 
 
 def in_folder(section: Callable[[Path], list[str]]) -> list[str]:

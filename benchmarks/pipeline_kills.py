@@ -27,6 +27,7 @@ from machine import ROOT, descendants, describe
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.model.checkpoint import latest_checkpoint
 from mobilellm_pro.pipeline.ledger import Ledger, Record
 from mobilellm_pro.pipeline.phase_kinds import training_job
@@ -64,7 +65,7 @@ def main() -> None:
     lines = _report(alone, killed, kills, seconds)
     print("\n".join(lines))
     if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n")
+        write_atomically(arguments.write, "\n".join(lines) + "\n")
 
 
 def _command(pipeline: Pipeline) -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from machine import ROOT, describe
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.config import load
 from mobilellm_pro.data.tokenizer import Tokenizer
 from mobilellm_pro.evaluation.held_out import held_out_documents, held_out_settings
@@ -80,7 +81,7 @@ def main() -> None:
     lines = list(_report(scores, head, num_bytes, num_tokens))
     print("\n".join(lines))
     if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n")
+        write_atomically(arguments.write, "\n".join(lines) + "\n")
 
 
 def _train(config: str, folder: Path, merged: Path, overrides: list[str]) -> None:

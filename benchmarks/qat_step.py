@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from machine import DEVICE, GPU, describe, synchronize
 
+from mobilellm_pro.atomic_file import write_atomically
 from mobilellm_pro.losses import linear_distillation
 from mobilellm_pro.model.quantized_modules import StudentQuantization, quantize_modules
 from mobilellm_pro.model.student import FLAVORS, Student, StudentArgs
@@ -56,7 +57,7 @@ def main() -> None:
     lines = list(_report(arguments, seconds))
     print("\n".join(lines))
     if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n")
+        write_atomically(arguments.write, "\n".join(lines) + "\n")
 
 
 def _student(args: StudentArgs, compiled: bool) -> Student:

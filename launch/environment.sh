@@ -109,6 +109,8 @@ environment_prepare() {
         echo "environment: ready after $((SECONDS - begin)) s"
     fi
     export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+    # Where this is set, each of the many processes compiles torch's and torchtitan's sources anew: half of its start.
+    unset PYTHONDONTWRITEBYTECODE
 }
 
 environment_prepare
