@@ -75,16 +75,10 @@ def two_commits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_guard_tells_a_slower_commit(two_commits: Path) -> None:
     done = run(two_commits, "guard.py", "quick", "slow", "--turns", "3", "--fail-above", "1.1")
     assert done.returncode == 1, done.stderr
-    ratio, low, high = measured(done.stdout)
+    found = re.search(r"takes ([\d.]+) of\n.*95 %: ([\d.]+) to ([\d.]+), 3 turns", done.stdout)
+    assert found, done.stdout
+    ratio, low, high = map(float, found.groups())
     assert 1.1 < low < ratio < high
-
-
-@pytest.mark.slow
-def test_guard_lets_a_quicker_commit_pass(two_commits: Path) -> None:
-    done = run(two_commits, "guard.py", "slow", "quick", "--turns", "3", "--fail-above", "1.1")
-    assert done.returncode == 0, done.stderr
-    ratio, low, high = measured(done.stdout)
-    assert low < ratio < high < 1
     trees = subprocess.run(["git", "worktree", "list"], cwd=two_commits, check=True, capture_output=True, text=True)
     assert len(trees.stdout.splitlines()) == 1  # its own are gone
 
@@ -99,11 +93,3 @@ def test_guard_needs_two_turns(two_commits: Path) -> None:
     done = run(two_commits, "guard.py", "quick", "slow", "--turns", "1")
     assert done.returncode == 2
     assert "--turns: one turn has no interval; expected at least 2" in done.stderr
-
-
-def measured(output: str) -> tuple[float, float, float]:
-    """Ratio, lower and upper bound, as guard.py prints them."""
-    found = re.search(r"takes ([\d.]+) of\n.*95 %: ([\d.]+) to ([\d.]+), 3 turns", output)
-    assert found, output
-    ratio, low, high = map(float, found.groups())
-    return ratio, low, high
