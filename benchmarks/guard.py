@@ -42,22 +42,22 @@ def main() -> None:
     steps = (arguments.turns + 1) * TURN
     job = replace(WAYS[arguments.way], flavor=arguments.size, seq_len=arguments.seq_len, steps=steps)
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
-        trainers, roots = [], {Path(name) / "before": arguments.before, Path(name) / "after": arguments.after}
+        roots = {Path(name) / "before": arguments.before, Path(name) / "after": arguments.after}
         for root, commit in roots.items():
             opened.callback(remove, root)
             checkout(commit, root)
+        commits: dict[Trainer, str] = {}
         for root, commit in roots.items():
             world, folder = root.with_name(f"world_{root.name}"), root.with_name(f"run_{root.name}")
             try:
                 write_world([job], world, root)
             except subprocess.CalledProcessError:
                 sys.exit(f"error: {commit} has not all that this checkout's benchmark needs of package and tests")
-            trainers.append(opened.enter_context(Trainer(job, world, folder, root)))
+            commits[opened.enter_context(Trainer(job, world, folder, root))] = commit
         ratios = []
-        commits = dict(zip(trainers, (arguments.before, arguments.after), strict=True))
         for turn in tqdm(range(arguments.turns + 1), desc="turns"):
             means = []
-            for trainer in trainers if turn % 2 else reversed(trainers):  # neither always comes after the other
+            for trainer in commits if turn % 2 else reversed(commits):  # neither always comes after the other
                 try:
                     steps = [trainer.ask("step")["seconds"] for _ in range(TURN)]
                 except RuntimeError as error:
