@@ -4,6 +4,7 @@ A torchrun start costs most of a minute of imports on a small machine; a forked 
 is safe because the server itself never computes: it has no threads.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import queue
@@ -34,17 +35,24 @@ class Ranks:
             process.start()
 
     def results(self, timeout_seconds: float = 120) -> list[Any]:
-        """What the ranks returned, in rank order; AssertionError with a rank's traceback, or on a timeout."""
+        """What the ranks returned, in rank order; AssertionError with the failed ranks' ends, or on a timeout."""
         collected: dict[int, Any] = {}
+        failed: dict[int, str] = {}
         try:
-            while len(collected) < len(self.processes):
-                rank, result, error = self._results.get(timeout=timeout_seconds)
-                assert error is None, f"rank {rank} of {len(self.processes)}:\n{error}"
-                collected[rank] = result
+            while len(collected) + len(failed) < len(self.processes):
+                rank, result, error = self._results.get(timeout=5 if failed else timeout_seconds)
+                if error is None:
+                    collected[rank] = result
+                else:
+                    failed[rank] = error
         except queue.Empty:
-            raise AssertionError(f"ranks hung: only {sorted(collected)} of {len(self.processes)} finished") from None
+            assert failed, f"ranks hung: only {sorted(collected)} of {len(self.processes)} finished"
         finally:
+            ends = [process.exitcode for process in self.processes]
             self.stop()
+        # A rank that fails takes its connections along, so the first to complain is often not the first to fail.
+        complaints = [f"rank {rank} of {len(self.processes)}:\n{error}" for rank, error in sorted(failed.items())]
+        assert not failed, "\n".join([*complaints, f"exit codes: {ends} (negative: the signal)"])
         return [collected[rank] for rank in range(len(self.processes))]
 
     def stop(self) -> None:
@@ -68,6 +76,7 @@ def _rank(results: Any, rank: int, world_size: int, port: int, function: Callabl
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
     )
+    faulthandler.enable()  # where a rank dies in native code
     # A job that a shell started in the background ignores Ctrl-C, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
