@@ -60,6 +60,7 @@ WAYS = {
     "ce-float8": Job(float8=True, compile=GPU),
     "kl-live": Job(objective="kl", teacher="live"),
     "kl-cached": Job(objective="kl", teacher="cached"),
+    "kl-cached-256": Job(objective="kl", teacher="cached", chunk_tokens=256),
     "kl-live-compiled": Job(objective="kl", teacher="live", compile=True),
     "torchtitan": Job(way="torchtitan"),
     "torchtitan-compiled": Job(way="torchtitan", compile=True),

@@ -64,7 +64,10 @@ class Job:
 
     objective: str = "ce"
     teacher: str = "none"
-    """ "live" or "cached", with objective "kl"; a cached one is "write" in the process that fills the cache."""
+    """ "live" or "cached", with objective "kl"; a cached one is "write" in the trainer that fills the cache."""
+
+    chunk_tokens: int | None = None
+    """Tokens whose logits our loss holds at the same time; default: from its budget of bytes."""
 
     compile: bool = False
     checkpointing: str = "none"
@@ -85,6 +88,7 @@ class Job:
         """In the table."""
         teacher = f", {self.teacher} teacher" if self.objective == "kl" else ""
         switches = {
+            f"chunks of {self.chunk_tokens} tokens": self.chunk_tokens is not None,
             "compiled": self.compile,
             "float8 products" + ("" if GPU else ", emulated"): self.float8,
             f"{self.checkpointing} checkpointing": self.checkpointing != "none",
@@ -97,7 +101,7 @@ class Job:
 
 def write_world(jobs: Sequence[Job], world: Path) -> None:
     """What all ways read: this Python's own library, a document a file, as text and as tokens; a tokenizer in
-    torchtitan's form; a teacher where a way needs one.
+    torchtitan's form; a teacher where a way needs one, and its hidden states where one reads them.
 
     Args:
         jobs: of one flavor, with rows of one length.
@@ -113,6 +117,19 @@ def write_world(jobs: Sequence[Job], world: Path) -> None:
         with torch.device("meta"):
             teacher = Teacher(teacher_args(jobs[0].flavor))
         write_teacher(teacher.to(TEACHER_DTYPE).to_empty(device="cpu"), world / "teacher")
+    for job in [job for job in jobs if job.teacher == "cached"][:1]:
+        write_hidden_states(job, world)
+
+
+def write_hidden_states(job: Job, world: Path) -> None:
+    """Those of the rows that the job reads. They do not depend on the student that asks, so the least one does."""
+    args = FLAVORS[job.flavor]
+    least = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "global_layers": (0,)}
+    FLAVORS[job.flavor] = replace(args, **least)
+    try:
+        build_trainer(replace(job, teacher="write", compile=False), world, world / "writer").train()
+    finally:
+        FLAVORS[job.flavor] = args
 
 
 def teacher_args(flavor: str) -> TeacherArgs:
@@ -130,6 +147,8 @@ def build_trainer(job: Job, world: Path, folder: Path) -> DistillTrainer:
     settings = titan_settings(job) | {"attention.student_mask": job.mask, "distill.objective": job.objective}
     if GPU:  # else a step would read its rows, and their hidden states, while the GPU waits
         settings |= {"training.dataloader.num_workers": 2, "training.dataloader.pin_memory": True}
+    if job.chunk_tokens is not None:
+        settings["distill.chunk_tokens"] = job.chunk_tokens
     if job.is_global:
         settings["attention.global_layers"] = list(range(FLAVORS[job.flavor].num_hidden_layers))
     if job.float8:

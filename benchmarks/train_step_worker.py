@@ -11,9 +11,7 @@ it was asked last, `shares N` with the shares of the ranges named in the code in
 
 import json
 import os
-import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +33,15 @@ def main() -> None:
     folder.mkdir()
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
-    if job.teacher == "cached":
-        write_hidden_states(job, world, folder / "writer")
     if job.way == "transformers":
         run_transformers(job, world, folder, conversation)  # its loop calls back
         return
     trainer = build[job.way](job, world, folder)
-    if job.teacher == "write":
-        trainer.train()
-        return
     batches = trainer.batch_generator(trainer.dataloader)
     while conversation.waits(trainer.model_parts[0], operations(trainer, job)):
         trainer.step += 1
         trainer.train_step(batches)
         conversation.answer()
-
-
-def write_hidden_states(job: Job, world: Path, folder: Path) -> None:
-    """The cache that the job reads: from another process, since it takes a trainer, and there is one in each."""
-    writer = replace(job, teacher="write", checkpointing="full", compile=False)
-    words = json.dumps([asdict(writer)]), str(world), str(folder)
-    subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
 
 
 def operations(trainer: Any, job: Job) -> float:
