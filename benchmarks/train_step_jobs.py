@@ -64,7 +64,7 @@ class Job:
 
     objective: str = "ce"
     teacher: str = "none"
-    """ "live" or "cached", with objective "kl"; a cached one is "write" in the trainer that fills the cache."""
+    """ "live" or "cached", with objective "kl"; a cached one is "write" in the process that fills the cache."""
 
     chunk_tokens: int | None = None
     """Tokens whose logits our loss holds at the same time; default: from its budget of bytes."""
@@ -101,7 +101,7 @@ class Job:
 
 def write_world(jobs: Sequence[Job], world: Path) -> None:
     """What all ways read: this Python's own library, a document a file, as text and as tokens; a tokenizer in
-    torchtitan's form; a teacher where a way needs one, and its hidden states where one reads them.
+    torchtitan's form; a teacher where a way needs one.
 
     Args:
         jobs: of one flavor, with rows of one length.
@@ -117,19 +117,6 @@ def write_world(jobs: Sequence[Job], world: Path) -> None:
         with torch.device("meta"):
             teacher = Teacher(teacher_args(jobs[0].flavor))
         write_teacher(teacher.to(TEACHER_DTYPE).to_empty(device="cpu"), world / "teacher")
-    for job in [job for job in jobs if job.teacher == "cached"][:1]:
-        write_hidden_states(job, world)
-
-
-def write_hidden_states(job: Job, world: Path) -> None:
-    """Those of the rows that the job reads. They do not depend on the student that asks, so the least one does."""
-    args = FLAVORS[job.flavor]
-    least = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "global_layers": (0,)}
-    FLAVORS[job.flavor] = replace(args, **least)
-    try:
-        build_trainer(replace(job, teacher="write", compile=False), world, world / "writer").train()
-    finally:
-        FLAVORS[job.flavor] = args
 
 
 def teacher_args(flavor: str) -> TeacherArgs:
@@ -158,7 +145,7 @@ def build_trainer(job: Job, world: Path, folder: Path) -> DistillTrainer:
         settings["teacher.compile"] = job.compile and job.teacher == "live"
     if job.teacher in ("cached", "write"):
         mode = {"cached": "read", "write": "write"}[job.teacher]
-        settings |= {"teacher.cache": mode, "teacher.cache_path": world / "hidden_states"}
+        settings |= {"teacher.cache": mode, "teacher.cache_path": folder / "hidden_states"}
     run.set_default_environment()
     register()
     return DistillTrainer(load(path, words_of(settings)))

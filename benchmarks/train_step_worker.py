@@ -11,7 +11,9 @@ it was asked last, `shares N` with the shares of the ranges named in the code in
 
 import json
 import os
+import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,19 @@ def main() -> None:
         write_world(jobs, world)
         return
     (job,), folder = jobs, Path(sys.argv[3])
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
+    if job.teacher == "cached":
+        write_hidden_states(job, world, folder)
     if job.way == "transformers":
         run_transformers(job, world, folder, conversation)  # its loop calls back
+        return
+    if job.teacher == "write":
+        # What the teacher says does not depend on the student that asks, so the least one does.
+        least = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "global_layers": (0,)}
+        FLAVORS[job.flavor] = replace(FLAVORS[job.flavor], **least)
+        build_trainer(job, world, folder).train()
         return
     trainer = build[job.way](job, world, folder)
     batches = trainer.batch_generator(trainer.dataloader)
@@ -42,6 +52,13 @@ def main() -> None:
         trainer.step += 1
         trainer.train_step(batches)
         conversation.answer()
+
+
+def write_hidden_states(job: Job, world: Path, folder: Path) -> None:
+    """The cache that the job reads: from another process, since it takes a trainer, and there is one in each."""
+    writer = replace(job, teacher="write", compile=False)
+    words = json.dumps([asdict(writer)]), str(world), str(folder)
+    subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
 
 
 def operations(trainer: Any, job: Job) -> float:
