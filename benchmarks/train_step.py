@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--size", choices=("debug", "100m", "1b"), default="debug")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1, help="sequences of a step")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    default = [name for name, way in WAYS.items() if way.chunk_tokens is None]
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=default)
     parser.add_argument("--compile", action="store_true", help="every way, whatever its name says")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="of every way")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way, at least 2, after one to warm up")

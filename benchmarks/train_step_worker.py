@@ -32,7 +32,7 @@ def main() -> None:
         write_world(jobs, world)
         return
     (job,), folder = jobs, Path(sys.argv[3])
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=job.teacher == "write")  # then it is that of the job that reads
     build = {"ours": build_trainer, "torchtitan": build_titan}
     conversation = Conversation(replies)
     if job.teacher == "cached":
@@ -58,7 +58,7 @@ def write_hidden_states(job: Job, world: Path, folder: Path) -> None:
     """The cache that the job reads: from another process, since it takes a trainer, and there is one in each."""
     writer = replace(job, teacher="write", compile=False)
     words = json.dumps([asdict(writer)]), str(world), str(folder)
-    subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True, stdin=subprocess.DEVNULL)
 
 
 def operations(trainer: Any, job: Job) -> float:

@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -35,24 +36,31 @@ class Ranks:
             process.start()
 
     def results(self, timeout_seconds: float = 120) -> list[Any]:
-        """What the ranks returned, in rank order; AssertionError with the failed ranks' ends, or on a timeout."""
+        """What the ranks returned, in rank order; AssertionError with the ends of the failed ones, or on a timeout."""
         collected: dict[int, Any] = {}
         failed: dict[int, str] = {}
+        deadline = time.monotonic() + timeout_seconds
         try:
-            while len(collected) + len(failed) < len(self.processes):
-                rank, result, error = self._results.get(timeout=5 if failed else timeout_seconds)
-                if error is None:
-                    collected[rank] = result
-                else:
-                    failed[rank] = error
-        except queue.Empty:
-            assert failed, f"ranks hung: only {sorted(collected)} of {len(self.processes)} finished"
+            while len(collected) + len(failed) < len(self.processes) and time.monotonic() < deadline:
+                known = len(collected) + len(failed)
+                codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
+                try:
+                    rank, result, error = self._results.get(timeout=1)
+                    if error is None:
+                        collected[rank] = result
+                    else:
+                        failed[rank] = error
+                except queue.Empty:  # a rank sends what it has to say before it ends
+                    silent = {rank: code for rank, code in codes.items() if rank not in collected | failed}
+                    failed |= {rank: f"died, exit code {code}" for rank, code in silent.items() if code is not None}
+                if len(collected) + len(failed) > known:
+                    # A failed rank takes its connections along: the first to complain is often not the first to fail.
+                    deadline = time.monotonic() + (10 if failed else timeout_seconds)
         finally:
-            ends = [process.exitcode for process in self.processes]
             self.stop()
-        # A rank that fails takes its connections along, so the first to complain is often not the first to fail.
-        complaints = [f"rank {rank} of {len(self.processes)}:\n{error}" for rank, error in sorted(failed.items())]
-        assert not failed, "\n".join([*complaints, f"exit codes: {ends} (negative: the signal)"])
+        others = f"{sorted(collected)} of {len(self.processes)} finished"
+        assert not failed, "\n".join([*(f"rank {rank}: {failed[rank]}" for rank in sorted(failed)), f"only {others}"])
+        assert len(collected) == len(self.processes), f"ranks hung: only {others}"
         return [collected[rank] for rank in range(len(self.processes))]
 
     def stop(self) -> None:
